@@ -1,0 +1,323 @@
+"""The endpoint, HTTP answers, the token, and what strangers send, over real sockets."""
+
+import asyncio
+import json
+import re
+import signal
+import socket
+import urllib.error
+
+import psutil
+import pytest
+import shelly_collector as sc
+from conftest import DEVICE, VALUES, device, minute_frame, notify, read_rows, wait_for, wait_for_rows
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
+
+VALUES_OF_MINUTE = (433.8, 228.2, 2.631, 1234.567)
+
+
+async def test_a_device_is_asked_and_its_frame_is_a_row_a_moment_later(collectors, database):
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url, subprotocols=["json-rpc"]) as peer:
+        await peer.send({"id": 1, "src": DEVICE, "dst": "collector", "error": {"code": 404, "message": "No handler"}})
+        await peer.send(minute_frame())
+        assert await wait_for_rows(database, 1) == [(DEVICE, "switch:0", *VALUES_OF_MINUTE)]
+        assert (await running.health())["devices connected"] == "1"
+    (row,) = read_rows(database, "timestamp, created_at")
+    assert row[0].second == 0 and 0 <= (row[1] - row[0]).total_seconds() < 61
+    assert re.findall(f"{DEVICE} connected from 127.0.0.1", running.log) and "404" not in running.log
+
+
+async def test_several_devices_on_one_socket_and_one_device_on_two(collectors, database):
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as one, device(running.url) as two:
+        await one.send(minute_frame("a"), minute_frame("b"))
+        await wait_for_rows(database, 2)
+        await two.send(minute_frame("a"), minute_frame("a", 1))
+        assert [row[:2] for row in await wait_for_rows(database, 3)] == [
+            ("a", "switch:0"), ("a", "switch:1"), ("b", "switch:0")
+        ]  # fmt: skip
+
+
+async def test_a_frame_in_fragments_counts_and_a_binary_one_does_not(collectors, database):
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as peer:
+        await peer.send(json.dumps(minute_frame("binary")).encode())
+        await peer.websocket.send([json.dumps(minute_frame())[:50], json.dumps(minute_frame())[50:]])
+        assert [row[0] for row in await wait_for_rows(database, 1)] == [DEVICE]
+    assert "frame passed over" in running.log and "binary" in running.log
+
+
+async def test_old_firmware_is_asked_for_its_voltage_again(collectors, database):
+    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="0.2").ready()
+    async with device(running.url) as peer:
+        # It has no voltage at all, which is older than 5 minutes; the collector has only just asked, so it waits.
+        await peer.send(notify({"switch:0": {"apower": 5.0, "current": 0.1, "aenergy": {"total": 1.0}}}))
+        await wait_for_rows(database, 1)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(peer.websocket.recv(), 0.1)
+    assert running.log.count("reports no voltage_v") == 1
+
+
+async def test_an_old_voltage_makes_the_collector_ask_at_most_once_a_minute(make, monkeypatch):
+    collector, clock = make(), 1_795_435_200.0
+    monkeypatch.setattr(sc.time, "time", lambda: clock)
+
+    async def handle(websocket):
+        await sc.handle_device(collector, websocket)
+
+    async with sc.serve(handle, "127.0.0.1", 0, create_connection=sc.DeviceConnection) as server:
+        url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws"
+        async with device(url) as peer:
+            asked = []
+            for minute in range(14):
+                frame = minute_frame() if minute == 0 else notify({"switch:0": {"aenergy": {"total": float(minute)}}})
+                await peer.send(frame)
+                await wait_for(lambda minute=minute: len(collector.queue) == minute + 1)
+                for half in range(2):  # a second reading of the same minute asks no more
+                    await peer.send(notify({"switch:0": {"current": half}}))
+                await peer.websocket.ping()
+                if minute > 5:
+                    asked.append(await asyncio.wait_for(peer.websocket.recv(), 5))
+                clock += 60
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(peer.websocket.recv(), 0.1)
+    assert asked == [sc.GET_STATUS] * 8 and not collector.ending.done()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/", 200), ("HEAD", "/", 200), ("GET", "/health", 200), ("HEAD", "/health", 200), ("GET", "/?x=1", 200),
+     ("GET", "/ws", 426), ("HEAD", "/ws", 426), ("GET", "/nothing", 404), ("GET", "/ws/", 404), ("POST", "/", 404),
+     ("OPTIONS", "/", 404), ("DELETE", "/ws", 426), ("GET", "//", 404), ("GET", "/%2e%2e/etc/passwd", 404)],
+)  # fmt: skip
+async def test_http_answers(shared, method, path, status):
+    before = shared.log
+    got, text = await asyncio.to_thread(shared.get, path, method)
+    assert got == status and (text == "") == (method == "HEAD")
+    assert shared.log == before
+
+
+@pytest.fixture
+async def shared(collectors, database):
+    return await collectors(DATABASE_URL=database).ready()
+
+
+async def test_health_tells_how_things_stand(shared, database):
+    async with device(shared.url) as peer:
+        await peer.send(minute_frame())
+        await wait_for_rows(database, 1)
+        await wait_for(lambda: shared.get()[1].count("rows written: 1"))
+        lines = shared.get()[1].splitlines()
+    assert lines[:5] == [
+        "Shelly WS collector running", "database: connected", "devices connected: 1", "rows written: 1", "rows waiting: 0"
+    ]  # fmt: skip
+    assert re.fullmatch(r"last write: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", lines[5])
+
+
+TOKENS = ["secret", "a b", "50%+1&2=#?/ü", "😀", "x" * 500]
+
+
+@pytest.mark.parametrize("token", TOKENS)
+async def test_only_the_right_token_opens_the_door(collectors, database, token):
+    running = await collectors(DATABASE_URL=database, COLLECTOR_TOKEN=token, LOG_LEVEL="DEBUG").ready()
+    encoded = sc.quote(token, safe="")
+    for query in ("", "?token=", "?token=wrong", f"?token={encoded}x", f"?token={encoded[:-1]}", f"?Token={encoded}",
+                  f"?token=wrong&token={encoded}", f"?x={encoded}", "?token=%", "?token=%ff"):  # fmt: skip
+        with pytest.raises(InvalidStatus) as caught:
+            async with connect(running.url + query):
+                pass
+        assert caught.value.response.status_code == 401
+    for query in (f"?token={encoded}", f"?a=b&token={encoded}&c"):
+        async with device(running.url + query) as peer:
+            await peer.send(minute_frame())
+    await wait_for_rows(database, 1)
+    assert (await asyncio.to_thread(running.get, f"/ws?token={encoded}"))[0] == 426
+    await running.stop()
+    assert token not in running.log and encoded not in running.log
+
+
+async def test_without_a_token_an_open_address_warns_once(collectors, database):
+    open_one = await collectors(DATABASE_URL=database, HOST="0.0.0.0").ready()
+    private = await collectors(DATABASE_URL=database, HOST="127.0.0.1").ready()
+    guarded = await collectors(DATABASE_URL=database, HOST="0.0.0.0", COLLECTOR_TOKEN="t").ready()
+    assert [running.log.count("no COLLECTOR_TOKEN") for running in (open_one, private, guarded)] == [1, 0, 0]
+
+
+async def test_malformed_frames_are_passed_over_with_one_line_and_the_good_ones_count(shared, database):
+    evil = "x\n2026-01-01T00:00:00Z CRITICAL forged'); DROP TABLE power_logs; --"
+    async with device(shared.url) as peer:
+        for bad in ("", "{", "[" * 100_000, "NaN", json.dumps(minute_frame(evil)), json.dumps(minute_frame("\0")), b"\x00",
+                    '{"src":"\\ud800","method":"NotifyStatus","params":{}}', "1" * 400, json.dumps(minute_frame("y" * 101))):  # fmt: skip
+            await peer.send(bad, minute_frame())
+        await peer.send(minute_frame(channel=1))
+        rows = await wait_for_rows(database, 2)
+    assert [row[:2] for row in rows] == [(DEVICE, "switch:0"), (DEVICE, "switch:1")]
+    assert shared.log.count("passed over") <= 2  # one for the address, one for the device once it is known
+    assert not re.search(r"^2026-01-01", shared.log, re.MULTILINE)
+
+
+async def test_quotes_backslashes_and_any_letters_in_a_device_id_arrive_as_they_are(shared, database):
+    ids = sorted(["o'brien", 'say "hi"', "back\\slash", "{a,b}", "NULL", "ogemray25a-70af09f0ab7c", "ü😀", "; DROP"])
+    async with device(shared.url) as peer:
+        await peer.send(*(minute_frame(name) for name in ids))
+        assert sorted(row[0] for row in await wait_for_rows(database, len(ids))) == ids
+
+
+async def test_a_frame_over_256_kib_closes_its_connection_only(shared, database):
+    async with device(shared.url) as good, device(shared.url) as bad:
+        await good.send(json.dumps(minute_frame()) + " " * (255 * 1024))
+        with pytest.raises(ConnectionClosedError) as caught:
+            await bad.send("x" * (256 * 1024 + 1))
+            await bad.websocket.recv()
+        assert caught.value.rcvd.code == 1009
+        await good.send(minute_frame(channel=1))
+        await wait_for_rows(database, 2)
+
+
+async def knock(port, *parts):
+    """Send raw bytes, then read until the collector closes; fails if it does not."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+        return await asyncio.wait_for(reader.read(), 14)
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+
+
+async def test_strangers_are_shown_the_door_in_time_and_devices_go_on(shared, database):
+    hello_tls = bytes.fromhex("16030100c8010000c40303") + bytes(100)
+    knocks = [
+        (b"",), (b"\0" * 5000,), (hello_tls,), (b"GET / HTTP/1.1\r\n",), (b"SSH-2.0-Go\r\n",), (b"\r\n\r\n",),
+        (b"GET /ws HTTP/1.1\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",),
+        (b"GET /ws HTTP/1.1\r\n" + b"X: y\r\n" * 500 + b"\r\n",),
+        (b"GET /" + b"w" * 100_000 + b" HTTP/1.1\r\n\r\n",),
+        (b"POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello",),
+        (b"GET /ws HTTP/1.1\r\nUpgrade: websocket\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",),
+        (b"GET / HTTP/1.0\r\n\r\n",), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",),
+    ]  # fmt: skip
+    async with device(shared.url) as peer:
+        silent = [asyncio.create_task(knock(shared.port, *parts)) for parts in knocks]
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", shared.port)):
+                pass  # a port scan
+        await peer.send(minute_frame())
+        await wait_for_rows(database, 1)
+        assert (await asyncio.to_thread(shared.get))[0] == 200
+        answers = await asyncio.gather(*silent)
+    assert answers[-2].startswith(b"HTTP/1.1 200")
+    assert "Traceback" not in shared.log and "ERROR" not in shared.log
+
+
+async def test_a_dripping_handshake_is_closed_in_time(shared):
+    _, writer = await asyncio.open_connection("127.0.0.1", shared.port)
+
+    async def drip():
+        with pytest.raises(ConnectionError):
+            while True:
+                writer.write(b"X")
+                await writer.drain()
+                await asyncio.sleep(0.2)
+
+    dripping = asyncio.create_task(drip())
+    await asyncio.wait_for(dripping, 14)
+    writer.close()
+
+
+async def test_memory_is_bounded_when_100000_device_ids_are_invented(shared, database):
+    process = psutil.Process(shared.process.pid)
+    before = process.memory_info().rss
+    text = json.dumps(minute_frame("invented-@"))
+    async with device(shared.url) as peer:
+        for n in range(100_000):
+            await peer.websocket.send(text.replace("@", str(n)))
+        await wait_for(lambda: read_rows(database, "count(*)", "1") == [(100_000,)], 60)
+    assert process.memory_info().rss - before < 60 * 2**20
+
+
+async def test_a_flooding_device_does_not_starve_the_others(shared, database):
+    flood = json.dumps(minute_frame("flood"))
+
+    async def pour(peer):
+        while True:
+            await peer.websocket.send(flood)
+
+    async with device(shared.url) as one, device(shared.url) as two, device(shared.url) as good:
+        floods = [asyncio.create_task(pour(peer)) for peer in (one, two)]
+        for n in range(20):
+            await good.send(minute_frame("good", n))
+            await wait_for(lambda n=n: (f"switch:{n}",) in read_rows(database, "channel"), 5)
+        assert not any(task.done() for task in floods)
+        for task in floods:
+            task.cancel()
+
+
+async def test_file_descriptors_run_out_and_service_returns(collectors, database):
+    running = await collectors(DATABASE_URL=database).ready()
+    process = psutil.Process(running.process.pid)
+    soft, hard = process.rlimit(psutil.RLIMIT_NOFILE)
+    assert soft == min(hard, 1_000_000)
+    process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds() + 20, hard))
+    crowd = []
+    async with device(running.url) as peer:
+        for _ in range(100):
+            crowd.append(socket.create_connection(("127.0.0.1", running.port)))
+        await wait_for(lambda: "out of system resource" in running.log)
+        await peer.send(minute_frame())
+        await wait_for_rows(database, 1)
+        for sock in crowd:
+            sock.close()
+        await wait_for(lambda: answers(running))
+    assert running.log.count("\n") < 20
+
+
+def answers(running):
+    try:
+        return running.get()[0] == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_stop_closes_devices_with_1001_and_writes_what_is_in_hand(collectors, database, number):
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as peer, device(running.url) as bare:
+        await bare.send(notify({"switch:0": {"apower": 5.0, "current": 0.1}}, "bare"))
+        await peer.send(*(minute_frame(f"d{n:03}") for n in range(500)))
+        await wait_for(lambda: read_rows(database, "1", "1"))
+        status, took = await running.stop(number)
+        assert status == 0 and took < 3
+        with pytest.raises(ConnectionClosed) as caught:
+            await peer.websocket.recv()
+        assert caught.value.rcvd.code == 1001
+    written = read_rows(database, VALUES)
+    assert ("bare", "switch:0", 5.0, 0.0, 0.1, 0.0) in written  # its wait is over
+    assert len(written) > 100 and "Traceback" not in running.log
+
+
+async def test_a_stop_does_not_wait_for_frozen_peers(collectors, database):
+    running = await collectors(DATABASE_URL=database).ready()
+    handshake = (
+        f"GET /ws HTTP/1.1\r\nHost: x:{running.port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    frozen = [await asyncio.open_connection("127.0.0.1", running.port) for _ in range(50)]
+    for _, writer in frozen[:40]:
+        writer.write(handshake.encode())
+    await wait_for(lambda: "devices connected: 40" in running.get()[1])
+    status, took = await running.stop()
+    assert status == 0 and took < 3
+    for _, writer in frozen:
+        writer.close()
+
+
+async def test_a_port_in_use_is_one_clear_line_and_status_1(collectors, database):
+    first = await collectors(DATABASE_URL=database).ready()
+    second = collectors(DATABASE_URL=database, PORT=str(first.port))
+    assert await asyncio.to_thread(second.process.wait, 10) == 1
+    assert f"port {first.port}" in second.log

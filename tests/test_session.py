@@ -1,0 +1,179 @@
+"""Whole sessions: frames as a Pro 4PM sends them, and the simulated device against a running collector."""
+
+import asyncio
+import contextlib
+import random
+import sys
+import time
+
+import pytest
+import shelly_collector as sc
+import simulated_device as sim
+from conftest import DEVICE, ROOT, VALUES, device, feed, minute_frame, notify, read_rows, taken, wait_for, wait_for_rows
+
+NOON = 1_795_435_200.0
+
+
+def energy(total, minutes=(7035.312, 7161.568, 7514.251)):
+    return {
+        "aenergy": {"by_minute": list(minutes), "minute_ts": 1795435200, "total": total},
+        "ret_aenergy": {"by_minute": [0.0, 0.0, 0.0], "minute_ts": 1795435200, "total": 0.0},
+    }
+
+
+def measured(apower, current, voltage, pf=0.8):
+    return {"apower": apower, "aprtpower": 438.0, "current": current, "freq": 50.0, "pf": pf, "voltage": voltage}
+
+
+# Seconds after noon, and the frame: the shapes of PROTOCOL.md, in the order of a real morning.
+SESSION = [
+    (10.1, notify({"switch:0": {"id": 0, "source": "init", "output": True, "temperature": {"tC": 41.0, "tF": 105.8},
+                                **energy(1000.5), **measured(433.1, 2.63, 228.4)},
+                   "switch:1": {"id": 1, "source": "init", "output": False, "temperature": {"tC": 41.0, "tF": 105.8},
+                                **energy(77.0, (0.0, 0.0, 0.0)), **measured(0, 0, 228.4, 0)},
+                   "sys": {"unixtime": 0, "uptime": 3}, "wifi": {"rssi": -58}, "ts": 3.1}, method="NotifyFullStatus")),
+    (10.1, {"id": 1, "src": DEVICE, "dst": "collector", "error": {"code": 404, "message": "No handler for NotifyStatus"}}),
+    (10.2, {"id": 2, "src": DEVICE, "dst": "collector",
+            "result": {"switch:0": {"id": 0, "output": True, **energy(1000.5), **measured(433.2, 2.631, 228.5)}}}),
+    (10.3, notify({"ws": {"connected": True}})), (10.3, notify({"cloud": {"connected": True}})),
+    (31.0, notify({"switch:0": {"current": 2.474}})),
+    (60.01, notify({"switch:0": {**energy(1007.7), **measured(433.8, 2.631, 228.2)}})),
+    (60.02, notify({"switch:1": {**energy(77.0, (0.0, 0.0, 0.0)), **measured(0, 0, 228.2, 0)}})),
+    (75.0, notify({"switch:0": {"apower": 0, "current": 0, "output": False, "pf": 0, "source": "SHC"}})),
+    (80.0, {"src": DEVICE, "dst": "ws", "method": "NotifyEvent", "params": {"ts": 1.0, "events": [{"event": "ota"}]}}),
+    (120.0, notify({"switch:0": {**energy(1009.5), **measured(0, 0, 229.1, 0)}})),
+    (120.02, notify({"switch:1": {**energy(77.0, (0.0, 0.0, 0.0)), **measured(0, 0, 229.1, 0)}})),
+    (130.0, notify({"switch:1": {"output": True, "source": "SHC", "timer_duration": None}})),
+    (131.0, notify({"switch:1": {"apower": 1210.4, "current": 5.31}})),
+    (180.01, notify({"switch:0": {**energy(1009.5), **measured(0, 0, 228.9, 0)}})),
+    (180.02, notify({"switch:1": {**energy(93.1), **measured(1208.2, 5.301, 227.3)}})),
+    (240.0, notify({"switch:1": {"apower": 1199.9, "current": 5.28}})),
+    (240.01, notify({"switch:1": {**energy(12.0), **measured(1200.0, 5.282, 227.5)}})),
+]  # fmt: skip
+
+MERGED = [
+    (0, "switch:0", 433.1, 228.4, 2.63, 1000.5), (0, "switch:1", 0.0, 228.4, 0.0, 77.0),
+    (60, "switch:0", 433.8, 228.2, 2.631, 1007.7), (60, "switch:1", 0.0, 228.2, 0.0, 77.0),
+    (120, "switch:0", 0.0, 229.1, 0.0, 1009.5), (120, "switch:1", 0.0, 229.1, 0.0, 77.0),
+    (180, "switch:0", 0.0, 228.9, 0.0, 1009.5), (180, "switch:1", 1208.2, 227.3, 5.301, 93.1),
+    (240, "switch:1", 1199.9, 227.3, 5.28, 93.1),  # the delta came first; voltage and energy are those of 12:03
+]  # fmt: skip
+
+
+async def test_a_recorded_session_gives_exactly_the_merged_values(make):
+    collector = make()
+    for second, frame in SESSION:
+        feed(collector, frame, NOON + second)
+    assert [(row.time - NOON, row.channel, *row[3:]) for row in taken(collector)] == MERGED
+
+
+async def test_the_same_session_over_a_socket_ends_in_the_table(collectors, database):
+    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="86400").ready()
+    async with device(running.url, subprotocols=["json-rpc"]) as peer:
+        await peer.send(*(frame for _, frame in SESSION))
+        rows = await wait_for_rows(database, 2)
+    assert [row[1:] for row in rows] == [row[1:] for row in MERGED[:2]]
+
+
+def said(devices):
+    """Every number that the devices sent, for each channel and field."""
+    numbers = {}
+    for one in devices:
+        for frame in one.sent:
+            for key, component in (frame.get("params") or frame.get("result") or {}).items():
+                if key.startswith("switch:"):
+                    fields = {**component, "total": component.get("aenergy", {}).get("total")}
+                    for name in ("apower", "voltage", "current", "total"):
+                        numbers.setdefault((one.id, key, name), set()).add(fields.get(name))
+    return numbers
+
+
+async def live_for(running, minutes, devices, filtered=False, minute_s=1.0):
+    """Let devices live for some of their minutes, which are short."""
+    lines = [sim.Line(one, running.url, filtered, lambda _: None) for one in devices]
+    await asyncio.gather(*(sim.live(line, minute_s, minutes) for line in lines))
+
+
+@pytest.mark.parametrize("old_firmware", [False, True])
+async def test_every_value_of_every_row_is_one_that_the_device_sent(collectors, database, old_firmware):
+    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="1").ready()
+    devices = [sim.Device(f"shellypro4pm-{n:012x}", 4, old_firmware, seed=n) for n in range(5)]
+    await live_for(running, 8, devices)
+    await wait_for(lambda: "rows waiting: 0" in running.get()[1])
+    numbers = said(devices)
+    for device_id, channel, *values in read_rows(database, VALUES):
+        for name, value in zip(("apower", "voltage", "current", "total"), values, strict=True):
+            assert value in numbers[device_id, channel, name], (device_id, channel, name, value)
+        assert values[1] > 200 and values[3] > 100
+    times = {}
+    for when, device_id, channel in read_rows(database, "timestamp, device_id, channel"):
+        times.setdefault((device_id, channel), []).append(when.timestamp())
+    assert len(times) == 5 * 4
+    for found in times.values():
+        assert found == [found[0] + n for n in range(len(found))] and len(found) >= 9
+
+
+async def test_behind_the_filter_nothing_but_what_passed_becomes_rows(collectors, database):
+    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="1", MIN_POWER_W="10").ready()
+    one = sim.Device(DEVICE, 4, seed=7)
+    await live_for(running, 10, [one], filtered=True)
+    assert all(sim.passes_filter(frame) for frame in one.sent)
+    rows = await wait_for(lambda: read_rows(database, VALUES))
+    numbers = said([one])
+    for device_id, channel, *values in rows:
+        assert all(
+            value in numbers[device_id, channel, name]
+            for name, value in zip(("apower", "voltage", "current", "total"), values, strict=True)
+        )
+        assert values[1] > 200
+
+
+async def test_a_bare_first_delta_behind_a_filter_with_old_firmware_is_stored_after_an_interval(collectors, database):
+    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="1").ready()
+    async with device(running.url) as peer:
+        await peer.send(notify({"switch:0": {"apower": 433.8, "current": 2.631}}))
+        assert await wait_for_rows(database, 1) == [(DEVICE, "switch:0", 433.8, 0.0, 2.631, 0.0)]
+    (line,) = [line for line in running.log.splitlines() if "stored as 0" in line]
+    assert DEVICE in line and "switch:0" in line and "voltage_v" in line
+
+
+async def test_a_device_comes_back_after_a_drop_and_goes_on(collectors, database, tmp_path):
+    running = await collectors(tmp_path, DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="1").ready()
+    one = sim.Device(DEVICE, 1)
+    line = sim.Line(one, running.url, False, lambda _: None)
+    living = asyncio.create_task(sim.live(line, 1.0, None))
+    await wait_for_rows(database, 1)
+    status, _ = await running.stop()
+    assert status == 0
+    await (await running.again()).ready()
+    before = len(read_rows(database))
+    await wait_for(lambda: len(read_rows(database)) > before + 1)
+    living.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await living
+
+
+async def test_the_simulated_device_runs_from_the_command_line_and_stops_cleanly(collectors, database):
+    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="1").ready()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, ROOT / "tests/simulated_device.py", running.url, "--minute", "1", "--devices", "2", "--channels", "3",
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    await wait_for(lambda: len(read_rows(database)) >= 12)
+    process.terminate()
+    out, err = await process.communicate()
+    assert process.returncode == 0 and err == b""
+    assert b'"error":{"code":404' in out and b"NotifyFullStatus" in out and out.endswith(b"stopped\n")
+
+
+async def test_jitter_of_50_ms_costs_no_interval(collectors, database):
+    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="2").ready()
+    rnd = random.Random(3)
+    async with device(running.url) as peer:
+        await peer.send(minute_frame())
+        for _ in range(5):
+            target = (time.time() // 2 + 1) * 2
+            await asyncio.sleep(target - time.time() + 0.06 + rnd.uniform(-0.05, 0.05))
+            await peer.send(minute_frame())
+    rows = await wait_for_rows(database, 6)
+    assert len(rows) == 6 and sc.EARLY < 0.01

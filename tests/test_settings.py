@@ -1,0 +1,96 @@
+"""Settings, --check and --help, as a user types them."""
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+import shelly_collector as sc
+from conftest import ROOT, Running, device, minute_frame, settings, wait_for_rows
+
+
+async def run(folder, *arguments, **env):
+    """Exit status, standard output and standard error."""
+    base = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, ROOT / "shelly_collector.py", *arguments,
+        cwd=folder, env=base | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    out, err = await asyncio.wait_for(process.communicate(), 30)
+    return process.returncode, out.decode(), err.decode()
+
+
+NONSENSE = [
+    ("PORT", "http"), ("PORT", "70000"), ("PORT", "0"), ("PORT", "5000.5"), ("THROTTLE_INTERVAL_SECONDS", "0"),
+    ("THROTTLE_INTERVAL_SECONDS", "-60"), ("THROTTLE_INTERVAL_SECONDS", "nan"), ("THROTTLE_INTERVAL_SECONDS", "1 min"),
+    ("DB_POOL_MIN_SIZE", "x"), ("DB_POOL_MIN_SIZE", "9"), ("DB_POOL_MAX_SIZE", "0"), ("CHANNELS", "zero"),
+    ("CHANNELS", "0,,1"), ("CHANNELS", "-1"), ("MIN_POWER_W", "ten"), ("MIN_POWER_W", "-1"), ("MIN_POWER_W", "inf"),
+    ("COLLECTOR_TOKEN", "a\nb"), ("LOG_LEVEL", "LOUD"), ("DATABASE_URL", "http://example.org/secret-pass"),
+    ("DATABASE_URL", "postgresql://user:secret-pass@host:port/db"), ("DATABASE_URL", "postgresql://u:secret-pass@[host/db"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), NONSENSE)
+def test_a_setting_that_makes_no_sense_is_named(name, value):
+    with pytest.raises(sc.SettingError) as caught:
+        settings(**{name: value})
+    assert name in str(caught.value) and "\n" not in str(caught.value) and "secret-pass" not in str(caught.value)
+
+
+async def test_nonsense_stops_the_start_with_one_line_and_status_2(tmp_path):
+    status, out, err = await run(tmp_path, PORT="http")
+    assert (status, out) == (2, "") and "PORT" in err and err.count("\n") == 1
+
+
+def test_an_empty_value_is_none():
+    assert settings(CHANNELS="", COLLECTOR_TOKEN=" ", DATABASE_URL="", MIN_POWER_W="") == settings()
+
+
+def test_the_example_file_shows_every_setting_with_its_default():
+    lines = (ROOT / ".env.example").read_text().splitlines()
+    shown = dict(line[1:].split("=", 1) for line in lines if line.startswith("#") and "=" in line and line[1].isupper())
+    names = "DATABASE_URL HOST PORT THROTTLE_INTERVAL_SECONDS DB_POOL_MIN_SIZE DB_POOL_MAX_SIZE CHANNELS MIN_POWER_W"
+    assert set(shown) == {*names.split(), "COLLECTOR_TOKEN", "DATA_DIR", "LOG_LEVEL"}
+    same = {name: shown[name] for name in shown if name not in ("DATABASE_URL", "HOST", "CHANNELS", "MIN_POWER_W")}
+    assert settings(**same) == settings()
+
+
+async def test_env_file_counts_and_the_environment_wins(tmp_path):
+    (tmp_path / ".env").write_text(
+        "CHANNELS=1,3\nMIN_POWER_W=12.5\nDATABASE_URL=postgresql://u:pa$$w0rd@127.0.0.1:1/x\n"
+    )
+    status, out, err = await run(tmp_path, "--check", MIN_POWER_W="99")
+    assert status == 1 and "1,3" in out and "99" in out and "12.5" not in out and "Traceback" not in err
+    assert "pa$$w0rd" not in out + err and "user=u" in out
+
+
+async def test_check_tells_of_a_running_collector_and_leaves_it_running(collectors, database, tmp_path):
+    running: Running = await collectors(tmp_path, DATABASE_URL=database, COLLECTOR_TOKEN="a b/ü").ready()
+    async with device(running.url + "?token=a%20b%2F%C3%BC") as peer:
+        await peer.send(minute_frame(channel=2), minute_frame("other-1"))
+        await wait_for_rows(database, 2)
+        status, out, err = await run(tmp_path, "--check", **running.env)
+        await peer.send(minute_frame(channel=3))
+        await wait_for_rows(database, 3)
+    assert status == 0 and err == "", err
+    assert "holds 2 rows" in out and "switch:2  433.8 W" in out and "other-1" in out
+    assert f"ws://127.0.0.1:{running.port}/ws?token=a%20b%2F%C3%BC" in out.splitlines()[-1]
+
+
+async def test_check_of_a_database_without_a_table_says_so(tmp_path, database):
+    status, out, _ = await run(tmp_path, "--check", DATABASE_URL=database)
+    assert status == 0 and "no table yet" in out
+
+
+async def test_help_explains_the_program(tmp_path):
+    status, out, err = await run(tmp_path, "--help")
+    assert status == 0 and "--check" in out and ".env" in out and err == ""
+
+
+@pytest.mark.parametrize(
+    ("host", "private"),
+    [(None, False), ("0.0.0.0", False), ("::", False), ("127.0.0.1", True), ("localhost", True), ("::1", True),
+     ("192.168.1.5", True), ("8.8.8.8", False), ("example.org", False)],
+)  # fmt: skip
+def test_an_address_that_can_be_reached_from_outside_is_told_from_a_private_one(host, private):
+    assert sc.is_private(host) is private
