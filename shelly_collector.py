@@ -59,10 +59,7 @@ from websockets.http11 import Request, Response
 log = logging.getLogger("shelly_collector")
 T = TypeVar("T")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the protocol fixes, and the limits. Times are seconds.
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- What the protocol fixes, and the limits. Times are seconds. ----------------------------------------------------
 # Sent to every device. A real one answers the first with 404 and streams all the same; the second brings its status.
 ENABLE_NOTIFICATIONS = '{"id":1,"src":"collector","method":"NotifyStatus","params":{"enable":true}}'
 GET_STATUS = '{"id":2,"src":"collector","method":"Shelly.GetStatus"}'
@@ -91,76 +88,83 @@ CLOSE_TIMEOUT = 1.0  # for a peer that does not answer the closing handshake; a 
 PING_EVERY = 25.0  # platforms cut idle connections after 55 s; a dead peer is noticed after about 50 s
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration: from the environment and .env, checked once, never changed.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Configuration: from the environment and .env, checked once, never changed. -------------------------------------
 
 
 class SettingError(ValueError):
     """A setting that makes no sense; its text is one line that names it and shows no secret."""
 
 
+# Where platforms tell a program the name that the world knows it by.
+PLATFORM_DOMAINS = (
+    "RENDER_EXTERNAL_HOSTNAME RAILWAY_PUBLIC_DOMAIN REPLIT_DEV_DOMAIN HEROKU_APP_DEFAULT_DOMAIN_NAME".split()
+)
+
+# Every setting, and its default.
+DEFAULTS = {
+    "DATABASE_URL": None,  # the embedded PostgreSQL
+    "HOST": None,  # all interfaces
+    "PORT": "5000",
+    "THROTTLE_INTERVAL_SECONDS": "60",
+    "DB_POOL_MIN_SIZE": "1",
+    "DB_POOL_MAX_SIZE": "3",
+    "CHANNELS": None,  # all
+    "MIN_POWER_W": None,  # all
+    "COLLECTOR_TOKEN": None,
+    "DATA_DIR": "data",
+    "LOG_LEVEL": "INFO",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
-    database_url: str | None  # None: the embedded PostgreSQL
-    host: str | None  # None: all interfaces
+    database_url: str | None
+    host: str | None
     port: int
     interval_s: float
     pool_min_size: int
     pool_max_size: int
-    channels: frozenset[int] | None  # None: all
+    channels: frozenset[int] | None
     min_power_w: float | None
     token: str | None
     data_dir: Path
     log_level: str
+    texts: Mapping[str, str | None]  # as they were given, by name
 
 
 def read_settings(env: Mapping[str, str | None]) -> Settings:
     """Settings of `env` (an empty value counts as none); raises SettingError."""
+    texts = {name: (env.get(name) or "").strip() or default for name, default in DEFAULTS.items()}
 
-    def text(name: str) -> str | None:
-        return (env.get(name) or "").strip() or None
+    def number(name: str, low: float, high: float, whole: bool = False) -> float:
+        with contextlib.suppress(ValueError):
+            value = float(texts[name] or 0)
+            if low <= value <= high and not (whole and value % 1):
+                return value
+        kind = "a whole number" if whole else "a number"
+        raise SettingError(f"{name} must be {kind} from {low:g} to {high:g}, not {texts[name]!r}")
 
-    def number(name: str, default: str, low: float, high: float) -> float:
-        try:
-            value = float(text(name) or default)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise SettingError(f"{name} must be a number from {low:g} to {high:g}, not {text(name)!r}")
-        return value
-
-    def whole(name: str, default: str, low: int, high: int) -> int:
-        value = number(name, default, low, high)
-        if value != int(value):
-            raise SettingError(f"{name} must be a whole number, not {text(name)!r}")
-        return int(value)
-
-    channels = text("CHANNELS")
-    if channels is not None and not re.fullmatch(r"\s*\d{1,3}\s*(,\s*\d{1,3}\s*)*", channels, re.ASCII):
+    channels, token, log_level = texts["CHANNELS"], texts["COLLECTOR_TOKEN"], str(texts["LOG_LEVEL"]).upper()
+    if channels and not re.fullmatch(r"\s*\d{1,3}\s*(,\s*\d{1,3}\s*)*", channels, re.ASCII):
         raise SettingError(f"CHANNELS must be channel numbers with commas, like 0,1,2, not {channels!r}")
-    token = text("COLLECTOR_TOKEN")
-    if token is not None and not token.isprintable():
+    if token and not token.isprintable():
         raise SettingError("COLLECTOR_TOKEN must hold printable characters only")
-    log_level = (text("LOG_LEVEL") or "INFO").upper()
     if log_level not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
         raise SettingError(f"LOG_LEVEL must be DEBUG, INFO, WARNING, ERROR or CRITICAL, not {log_level!r}")
-    pool_max_size = whole("DB_POOL_MAX_SIZE", "3", 1, 1000)
-    pool_min_size = whole("DB_POOL_MIN_SIZE", "1", 0, 1000)
-    if pool_min_size > pool_max_size:
-        raise SettingError(f"DB_POOL_MIN_SIZE ({pool_min_size}) is above DB_POOL_MAX_SIZE ({pool_max_size})")
+    pool_max_size = int(number("DB_POOL_MAX_SIZE", 1, 1000, whole=True))
     return Settings(
-        database_url=check_database_url(text("DATABASE_URL")),
-        host=text("HOST"),
-        port=whole("PORT", "5000", 1, 65535),
-        interval_s=number("THROTTLE_INTERVAL_SECONDS", "60", 0.1, 86_400),
-        pool_min_size=pool_min_size,
+        database_url=check_database_url(texts["DATABASE_URL"]),
+        host=texts["HOST"],
+        port=int(number("PORT", 1, 65535, whole=True)),
+        interval_s=number("THROTTLE_INTERVAL_SECONDS", 0.1, 86_400),
+        pool_min_size=int(number("DB_POOL_MIN_SIZE", 0, pool_max_size, whole=True)),
         pool_max_size=pool_max_size,
         channels=frozenset(map(int, channels.split(","))) if channels else None,
-        min_power_w=number("MIN_POWER_W", "0", 0, 1e9) if text("MIN_POWER_W") else None,
+        min_power_w=number("MIN_POWER_W", 0, 1e9) if texts["MIN_POWER_W"] else None,
         token=token,
-        data_dir=Path(text("DATA_DIR") or "data"),
+        data_dir=Path(str(texts["DATA_DIR"])),
         log_level=log_level,
+        texts=texts,
     )
 
 
@@ -183,12 +187,7 @@ def hide_password(url: str) -> str:
 
 def device_url(settings: Settings, token: str) -> str:
     """What to paste into the device, as far as this machine can know its own address; `token` as it is to be shown."""
-    for name in (
-        "RENDER_EXTERNAL_HOSTNAME",
-        "RAILWAY_PUBLIC_DOMAIN",
-        "REPLIT_DEV_DOMAIN",
-        "HEROKU_APP_DEFAULT_DOMAIN_NAME",
-    ):
+    for name in PLATFORM_DOMAINS:
         if os.environ.get(name):
             return f"wss://{os.environ[name]}/ws{token}"
     host = settings.host
@@ -207,9 +206,7 @@ def one_line(exc: BaseException) -> str:
     return " ".join(str(exc).split()) or type(exc).__name__
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# State: what main makes and hands on. Times are those of the server's clock, seconds since 1970, unless they say more.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- State: what main makes and hands on; times are seconds since 1970 by the server's clock, unless they say more. --
 
 
 class Row(NamedTuple):
@@ -291,9 +288,7 @@ class Collector:
     last_write: float | None = None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading and parsing: from a text to what a device says. Nothing here waits or keeps.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Reading and parsing: from a text to what a device says. Nothing here waits or keeps. ---------------------------
 
 
 def parse_frame(text: str | bytes) -> tuple[str, dict[str, Any], bool] | None:
@@ -360,9 +355,7 @@ def lay_over(channel: Channel, component: dict[str, Any], whole: bool, now: floa
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Throttle: which readings become rows, and when a row is complete.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Throttle: which readings become rows, and when a row is complete. ----------------------------------------------
 
 
 def should_write(now: float, last_write_time: float, interval_s: float) -> bool:
@@ -508,10 +501,7 @@ async def keep_house(collector: Collector) -> None:
             forget_channels(collector, MOST_CHANNELS, time.time() - SILENT)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Database: rows go in by batches, one statement each.
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Database: rows go in by batches, one statement each. -----------------------------------------------------------
 # Arrays as text: orjson writes them ten times as fast as the driver's binary dumper. First come, first kept.
 INSERT = """
 INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)
@@ -525,12 +515,9 @@ PARTS = ("power_logs", "idx_power_logs_timestamp", "idx_power_logs_device_channe
 # What an absent, restarting, full, frozen or altered database brings: the rows wait. Anything else is a bug of ours.
 DATABASE_ERRORS = (psycopg.Error, OSError)
 
-# Reaching a frozen server is given up after 5 s.
-CONNECTION: dict[str, Any] = {
-    "autocommit": True,
-    "connect_timeout": 5,
-    "application_name": "shelly_collector",
-}
+# A frozen server is given up after 5 s, a dead network under a long statement after a minute.
+PATIENCE = {"connect_timeout": 5, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+CONNECTION: dict[str, Any] = {"autocommit": True, "application_name": "shelly_collector", **PATIENCE}
 
 
 async def within(timeout_s: float, work: Coroutine[Any, Any, T]) -> T:
@@ -574,11 +561,11 @@ async def insert_rows(conn: psycopg.AsyncConnection[Any], rows: list[Row]) -> in
 
 
 def refuses_row(exc: psycopg.Error) -> bool:
-    """Whether an error is about a row's values; a missing partition or a new NOT NULL column concerns every row."""
-    if isinstance(exc, psycopg.errors.NotNullViolation):
-        return False
+    """Whether an error is about a row's values, not about the table: that one concerns every row, which then waits."""
+    if isinstance(exc, psycopg.errors.NotNullViolation | psycopg.errors.StringDataRightTruncation):
+        return False  # a column more than schema.sql has, or a narrower one
     if isinstance(exc, psycopg.errors.CheckViolation):
-        return exc.diag.constraint_name is not None
+        return exc.diag.constraint_name is not None  # else a partition is missing
     return isinstance(exc, psycopg.DataError | psycopg.IntegrityError | psycopg.errors.RaiseException)
 
 
@@ -601,9 +588,8 @@ def warn_of_notice(notice: psycopg.errors.Diagnostic) -> None:
 async def prepare_table(conn: psycopg.AsyncConnection[Any]) -> None:
     """Apply schema.sql if a part of it is missing; a role that may not do so uses an existing table as it is."""
     # Only then: CREATE INDEX IF NOT EXISTS waits for running writers, and makes the next ones wait for it.
-    cursor = await within(
-        REPLAY_TIMEOUT, conn.execute("SELECT array_agg(to_regclass(p)) FROM unnest(%s::text[]) AS p", [list(PARTS)])
-    )
+    query = "SELECT array_agg(to_regclass(part)) FROM unnest(%s::text[]) AS part"
+    cursor = await within(REPLAY_TIMEOUT, conn.execute(query, [list(PARTS)]))
     (parts,) = await cursor.fetchone() or ([None],)
     if None not in parts:
         return
@@ -617,9 +603,7 @@ async def prepare_table(conn: psycopg.AsyncConnection[Any]) -> None:
         await conn.rollback()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Embedded PostgreSQL: the same database, from a wheel, for a first look and a small site.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Embedded PostgreSQL: the same database, from a wheel, for a first look and a small site. -----------------------
 
 
 def start_postgres(folder: Path) -> Any:
@@ -656,9 +640,7 @@ def stop_postgres(server: Any) -> None:
         process.wait(1.5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Spool: rows on disk while the database is away.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Spool: rows on disk while the database is away. ----------------------------------------------------------------
 
 
 class Spool:
@@ -733,9 +715,7 @@ class Spool:
         with contextlib.closing(sqlite3.connect(aside)) as old, contextlib.suppress(sqlite3.DatabaseError):
             for row in old.execute("SELECT * FROM rows ORDER BY id"):
                 self.append([Row(*row[1:])])
-        log.error(
-            "the spool was damaged (%s): %d rows rescued, the file is kept as %s", one_line(exc), self.rows, aside
-        )
+        log.error("the spool was damaged (%s): %d rows rescued, the rest is in %s", one_line(exc), self.rows, aside)
 
     def append(self, rows: list[Row]) -> int:
         """Add rows, on disk when it returns; how many of the oldest were dropped to stay within the bound."""
@@ -777,9 +757,7 @@ class Spool:
             self.path.unlink()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The writer: one task takes the queue to the table; in an outage to the spool, and from there to the table.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The writer: one task takes the queue to the table; in an outage to the spool, and from there to the table. -----
 
 
 async def write_batches(collector: Collector) -> None:
@@ -809,7 +787,7 @@ async def reconnect(collector: Collector) -> AsyncConnectionPool | None:
                 spool_queue(collector)
         pool = attempt.result()
     except DATABASE_ERRORS as exc:
-        note_outage(collector, exc)
+        note_outage(collector, one_line(exc))
     else:
         if not collector.outage:
             log.info("database connected")
@@ -839,14 +817,8 @@ async def open_database(collector: Collector) -> AsyncConnectionPool:
         await prepare_table(conn)
     finally:
         await conn.close()
-    pool = AsyncConnectionPool(
-        conninfo,
-        kwargs=CONNECTION,
-        open=False,
-        reconnect_timeout=5,
-        min_size=settings.pool_min_size,
-        max_size=settings.pool_max_size,
-    )
+    low, high = settings.pool_min_size, settings.pool_max_size
+    pool = AsyncConnectionPool(conninfo, kwargs=CONNECTION, open=False, min_size=low, max_size=high)
     await pool.open(wait=True, timeout=REPLAY_TIMEOUT)
     return pool
 
@@ -877,7 +849,7 @@ async def write_batch(collector: Collector, pool: AsyncConnectionPool) -> AsyncC
         if collector.outage is None:  # try again at once: it may only have restarted
             collector.outage = Outage(time.time(), one_line(exc))
         else:
-            note_outage(collector, exc)
+            note_outage(collector, one_line(exc))
             await pause(collector)
         return None
     collector.rows_written += written
@@ -911,26 +883,23 @@ def spool_queue(collector: Collector) -> None:
     count_dropped(collector, dropped, "on disk")
 
 
-def note_outage(collector: Collector, exc: BaseException) -> None:
+def note_outage(collector: Collector, reason: str) -> None:
     """Log the begin of an outage once, with the reason that the latest attempt gave."""
-    outage = collector.outage = collector.outage or Outage(time.time(), "")
+    outage = collector.outage = collector.outage or Outage(time.time(), reason)
     if not outage.announced:
         outage.announced = True
-        log.error("database unreachable, rows wait until it is back: %s", one_line(exc))
+        log.error("database unreachable, rows wait until it is back: %s", reason)
 
 
 def end_outage(collector: Collector, outage: Outage) -> None:
     """Log the end of an outage with its length and rows, and first its begin if it was over before that was logged."""
-    if not outage.announced:
-        log.error("database unreachable, rows wait until it is back: %s", outage.reason)
+    note_outage(collector, outage.reason)
     waited = outage.rows + len(collector.batch) + len(collector.queue)
     log.warning("database back after %.1f s, %d rows waited", time.time() - outage.since, waited)
     collector.outage = None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Device handler
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Device handler -------------------------------------------------------------------------------------------------
 
 
 class DeviceConnection(ServerConnection):
@@ -994,9 +963,7 @@ def complain(collector: Collector, link: Link, exc: ValueError) -> None:
         log.warning("%s: frame passed over, as others like it for a minute: %s", link.name, one_line(exc))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# HTTP: health, and who may connect.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- HTTP: health, and who may connect. -----------------------------------------------------------------------------
 
 
 def answer_request(collector: Collector, connection: ServerConnection, request: Request) -> Response | None:
@@ -1005,9 +972,7 @@ def answer_request(collector: Collector, connection: ServerConnection, request: 
     if path in ("/", "/health") and request.method in ("GET", "HEAD"):
         response = connection.respond(HTTPStatus.OK, health_text(collector, time.time()))
     elif path != "/ws":
-        response = connection.respond(
-            HTTPStatus.NOT_FOUND, "Not found. Devices connect to /ws, / tells how things stand.\n"
-        )
+        response = connection.respond(HTTPStatus.NOT_FOUND, "Not found: devices connect to /ws.\n")
     elif "websocket" not in ",".join(request.headers.get_all("Upgrade")).lower():
         response = connection.respond(HTTPStatus.UPGRADE_REQUIRED, "This is a WebSocket endpoint.\n")
         response.headers["Upgrade"] = "websocket"
@@ -1052,10 +1017,7 @@ def iso_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# --check: how things stand, beside a running collector too.
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- --check: how things stand, beside a running collector too. -----------------------------------------------------
 # Steps from channel to channel through the unique index: the table may be long, the channels are few.
 NEWEST_ROWS = """
 WITH RECURSIVE one AS (
@@ -1074,21 +1036,13 @@ FROM one, LATERAL (
 
 def check(settings: Settings) -> int:
     """Print the settings, what the database holds and the URL for the device; the exit status."""
-    shown = {
-        "DATABASE_URL": hide_password(settings.database_url) if settings.database_url else "none: embedded PostgreSQL",
-        "HOST": settings.host or "all interfaces",
-        "PORT": settings.port,
-        "THROTTLE_INTERVAL_SECONDS": f"{settings.interval_s:g}",
-        "DB_POOL_MIN_SIZE": settings.pool_min_size,
-        "DB_POOL_MAX_SIZE": settings.pool_max_size,
-        "CHANNELS": ",".join(map(str, sorted(settings.channels))) if settings.channels else "all",
-        "MIN_POWER_W": "none" if settings.min_power_w is None else f"{settings.min_power_w:g}",
-        "COLLECTOR_TOKEN": "***" if settings.token else "none",
-        "DATA_DIR": settings.data_dir,
-        "LOG_LEVEL": settings.log_level,
-    }
+    shown = dict(settings.texts)
+    if settings.database_url:
+        shown["DATABASE_URL"] = hide_password(settings.database_url)
+    if settings.token:
+        shown["COLLECTOR_TOKEN"] = "***"
     for name, value in shown.items():
-        print(f"{name:26}{value}")
+        print(f"{name:26}{value or 'none'}")
     try:
         check_database(settings)
         status = 0
@@ -1124,9 +1078,7 @@ def check_database(settings: Settings) -> None:
             stop_postgres(postgres)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# main
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- main -----------------------------------------------------------------------------------------------------------
 
 
 def claim_folder(collector: Collector) -> bool:
