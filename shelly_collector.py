@@ -34,6 +34,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import deque
@@ -287,6 +288,7 @@ class Collector:
     unspooled: bool = False  # the spool could not be written, and the log says so
     connected: bool = False  # to the database
     postgres: Any = None  # the embedded server, once it runs
+    insert: str = ""  # the statement that fits the table
     outage: Outage | None = None
     rows_written: int = 0
     rows_dropped: int = 0
@@ -513,8 +515,9 @@ INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, curr
 SELECT to_timestamp(t), d, c, p, v, a, e
 FROM unnest(%s::float8[], %s::text[], %s::text[], %s::float8[], %s::float8[], %s::float8[], %s::float8[])
      AS reading (t, d, c, p, v, a, e)
-ON CONFLICT DO NOTHING
 """
+# Named, as only this conflict is no error: an id given twice, after a careless import, must not swallow a row.
+INSERT_ONCE = INSERT + "ON CONFLICT (device_id, channel, timestamp) DO NOTHING"
 PARTS = ("power_logs", "idx_power_logs_timestamp", "idx_power_logs_device_channel", "power_logs_one_row_per_interval")
 
 # A frozen server is given up after 5 s, a dead network under a long statement after a minute.
@@ -551,16 +554,16 @@ def array_text(column: tuple[str | float, ...]) -> str:
     return "{" + orjson.dumps(column)[1:-1].decode() + "}"
 
 
-async def insert_rows(conn: "psycopg.AsyncConnection[Any]", rows: list[Row]) -> int:
+async def insert_rows(conn: "psycopg.AsyncConnection[Any]", rows: list[Row], insert: str = INSERT_ONCE) -> int:
     """How many rows were new; a row that the database refuses is dropped with its reason, the others go in."""
     import psycopg
 
     try:
-        cursor = await conn.execute(INSERT, [array_text(column) for column in zip(*rows, strict=True)])
+        cursor = await conn.execute(insert, [array_text(column) for column in zip(*rows, strict=True)])
         return cursor.rowcount
     except (psycopg.errors.InvalidSqlStatementName, psycopg.errors.DuplicatePreparedStatement):
         conn.prepare_threshold = None  # behind a transaction pooler that keeps no prepared statements
-        return await insert_rows(conn, rows)
+        return await insert_rows(conn, rows, insert)
     except psycopg.Error as exc:
         if not refuses_row(exc):
             raise
@@ -568,7 +571,7 @@ async def insert_rows(conn: "psycopg.AsyncConnection[Any]", rows: list[Row]) -> 
             log.error("row dropped, the database refuses it: %s: %s", tuple(rows[0]), one_line(exc))
             return 0
     half = len(rows) // 2
-    return await insert_rows(conn, rows[:half]) + await insert_rows(conn, rows[half:])
+    return await insert_rows(conn, rows[:half], insert) + await insert_rows(conn, rows[half:], insert)
 
 
 def refuses_row(exc: "psycopg.Error") -> bool:
@@ -579,20 +582,22 @@ def refuses_row(exc: "psycopg.Error") -> bool:
         return False  # a column more than schema.sql has, or a narrower one
     if isinstance(exc, psycopg.errors.CheckViolation):
         return exc.diag.constraint_name is not None  # else a partition is missing
+    if isinstance(exc, psycopg.errors.UniqueViolation):
+        return "(id)=" not in (exc.diag.message_detail or "")  # the table's own numbers ran into older ones
     return isinstance(exc, psycopg.DataError | psycopg.IntegrityError | psycopg.errors.RaiseException)
 
 
-async def write_rows(pool: "psycopg_pool.AsyncConnectionPool", rows: list[Row]) -> int:
+async def write_rows(pool: "psycopg_pool.AsyncConnectionPool", rows: list[Row], insert: str) -> int:
     """How many rows were new, written through the pool."""
     import psycopg
 
     try:
         async with pool.connection() as conn:
-            return await insert_rows(conn, rows)
+            return await insert_rows(conn, rows, insert)
     except psycopg.OperationalError:
         await pool.check()  # the server closes idle connections, all of them when it restarts
         async with pool.connection() as conn:
-            return await insert_rows(conn, rows)
+            return await insert_rows(conn, rows, insert)
 
 
 def warn_of_notice(notice: "psycopg.errors.Diagnostic") -> None:
@@ -613,11 +618,22 @@ async def prepare_table(conn: "psycopg.AsyncConnection[Any]") -> None:
     conn.add_notice_handler(warn_of_notice)
     try:
         await conn.execute(Path(__file__).with_name("schema.sql").read_bytes())
-    except psycopg.errors.InsufficientPrivilege as exc:
+    except (psycopg.errors.InsufficientPrivilege, psycopg.errors.QueryCanceled) as exc:
         if parts[0] is None:
-            raise
+            raise  # else the role may not, or a limit on time forbids an index on a long table
         log.warning("power_logs is used as it is, not all of schema.sql could be applied: %s", one_line(exc))
         await conn.rollback()
+
+
+async def choose_insert(conn: "psycopg.AsyncConnection[Any]") -> str:
+    """The statement for this table, which may lack the unique rule; raises now what an altered table would raise."""
+    import psycopg
+
+    try:
+        await within(REPLAY_TIMEOUT, conn.execute("EXPLAIN " + INSERT_ONCE, ["{}"] * len(Row._fields)))
+        return INSERT_ONCE
+    except psycopg.errors.InvalidColumnReference:
+        return INSERT
 
 
 # ---- Embedded PostgreSQL: the same database, from a wheel, for a first look and a small site. -----------------------
@@ -835,6 +851,7 @@ async def open_database(collector: Collector) -> "psycopg_pool.AsyncConnectionPo
     conn = await within(REPLAY_TIMEOUT, psycopg.AsyncConnection.connect(conninfo, **CONNECTION))
     try:
         await prepare_table(conn)
+        collector.insert = await choose_insert(conn)
     finally:
         await conn.close()
     low, high = settings.pool_min_size, settings.pool_max_size
@@ -858,11 +875,13 @@ async def write_batch(
         if collector.spool.rows and not collector.stopping:
             spool_queue(collector)  # the newer rows wait behind the older ones, on disk
             spooled = collector.spool.oldest(BATCH)
-            written = await within(REPLAY_TIMEOUT, write_rows(pool, [Row(*row[1:]) for row in spooled]))
+            written = await within(
+                REPLAY_TIMEOUT, write_rows(pool, [Row(*row[1:]) for row in spooled], collector.insert)
+            )
             collector.spool.remove(spooled)
         else:
             fill_batch(collector)
-            written = await within(WRITE_TIMEOUT, write_rows(pool, collector.batch))
+            written = await within(WRITE_TIMEOUT, write_rows(pool, collector.batch, collector.insert))
             collector.batch.clear()
     except database_errors() as exc:
         collector.connected = False
@@ -1239,7 +1258,12 @@ async def run(settings: Settings) -> int:
     bugs = [task.exception() for task in (collector.ending, writer, keeper) if task.done() and not task.cancelled()]
     for bug in filter(None, bugs):
         log.critical("stopped by a bug: %r", bug, exc_info=bug)
-    return 1 if any(bugs) else 0
+    status = 1 if any(bugs) else 0
+    # All rows are safe. A thread that hangs, as in a look-up of the database's name, must not hold up the exit.
+    last_resort = threading.Timer(0.5, os._exit, [status])
+    last_resort.daemon = True
+    last_resort.start()
+    return status
 
 
 async def finish(collector: Collector, writer: "asyncio.Task[None]") -> None:

@@ -15,6 +15,10 @@ CREATE INDEX idx_power_logs_timestamp ON power_logs(timestamp);
 CREATE INDEX idx_power_logs_device_channel ON power_logs(device_id, channel);
 """
 OLD_ROW = "INSERT INTO power_logs VALUES (DEFAULT, '2020-01-01', 'old', 'switch:0', 1, 2, 3, 4)"
+MANY_ROWS = (
+    "INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)"
+    " SELECT to_timestamp(n), 'old', 'switch:0', 1, 2, 3, 4 FROM generate_series(1, 300000) n"
+)
 NOON = 1_795_435_200.0
 
 
@@ -113,12 +117,12 @@ async def test_a_role_that_may_only_insert_and_select_is_enough(collectors, data
     execute(database, "DROP OWNED BY meter", "DROP ROLE meter")
 
 
-async def test_the_first_reading_of_an_interval_wins(database):
+async def test_the_first_reading_of_an_interval_wins(database, caplog):
     async with await connection(database) as conn:
         await sc.prepare_table(conn)
         assert await sc.insert_rows(conn, [row(apower=1.0), row(apower=2.0), row(1)]) == 2
         assert await sc.insert_rows(conn, [row(apower=3.0), row(2)]) == 1
-    assert [r[2] for r in read_rows(database, VALUES)] == [1.0, 1.0, 1.0]
+    assert [r[2] for r in read_rows(database, VALUES)] == [1.0, 1.0, 1.0] and caplog.messages == []
 
 
 async def test_numbers_and_texts_arrive_to_the_last_bit(database):
@@ -198,7 +202,7 @@ async def test_a_missing_partition_makes_the_rows_wait(database):
             " current_a FLOAT, energy_total_wh FLOAT) PARTITION BY RANGE (timestamp)"
         )
         with pytest.raises(psycopg.errors.CheckViolation):
-            await sc.insert_rows(conn, [row()])
+            await sc.insert_rows(conn, [row()], sc.INSERT)
 
 
 async def test_a_pooler_that_forgets_prepared_statements_is_no_outage(database):
@@ -221,3 +225,30 @@ async def test_a_table_that_is_dropped_is_made_again(collectors, database):
         await peer.send(minute_frame("after"))
         assert [r[0] for r in await wait_for_rows(database, 1)] == ["after"]
     assert indexes(database) >= set(sc.PARTS[1:])
+
+
+async def test_a_limit_on_time_that_forbids_an_index_is_no_outage(collectors, database):
+    execute(database, ORIGINAL_TABLE)
+    execute(database, MANY_ROWS)
+    with psycopg.connect(database, autocommit=True) as conn:
+        conn.execute(f"ALTER DATABASE {conn.info.dbname} SET statement_timeout = '40ms'")
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame())
+        await wait_for(lambda: "rows written: 1" in running.get()[1])
+    assert "is used as it is" in running.log and "power_logs_one_row_per_interval" not in indexes(database)
+
+
+async def test_numbers_that_an_import_has_used_up_swallow_no_row(collectors, database):
+    execute(
+        database,
+        ORIGINAL_TABLE,
+        OLD_ROW.replace("DEFAULT", "1"),
+        OLD_ROW.replace("DEFAULT", "2").replace("2020", "2021"),
+    )
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame())
+        # The sequence gives 1 and 2 again; each attempt uses one up, and the row waits until it gets a number.
+        assert len(await wait_for_rows(database, 3)) == 3
+    assert "power_logs_pkey" in running.log

@@ -273,7 +273,7 @@ async def test_rows_of_the_replay_come_oldest_first(collectors, own_postgres):
 
 
 async def test_a_restart_within_the_interval_makes_no_second_row(collectors, database):
-    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="3600").ready()
+    running = await collectors(DATABASE_URL=database).ready()
     for n in range(3):
         async with device(running.url) as peer:
             await peer.send(minute_frame(apower=float(n)), minute_frame(f"mark{n}"))
@@ -360,22 +360,17 @@ async def test_a_second_collector_on_the_folder_works_without_a_spool_until_it_i
 
 async def test_a_bug_in_the_writer_saves_the_rows_in_hand_and_ends_with_status_1(collectors, database, tmp_path):
     # The bug: a driver that fails in a way nobody expects, at the third row.
-    broken = tmp_path / "broken.py"
-    broken.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import shelly_collector as sc\n"
+    running = collectors(tmp_path, DATABASE_URL=database)
+    await running.ready()
+    await running.stop()
+    with_broken(
+        running,
         "real = sc.insert_rows\n"
         "async def insert_rows(conn, rows):\n"
         "    if any(row.device_id == 'third' for row in rows): raise ZeroDivisionError('EXPECTED_BUG')\n"
         "    return await real(conn, rows)\n"
-        "sc.insert_rows = insert_rows\n"
-        "sys.exit(sc.main())\n"
+        "sc.insert_rows = insert_rows\n",
     )
-    running = collectors(tmp_path, DATABASE_URL=database)
-    await running.ready()
-    await running.stop()
-    good = running.start
-    running.start = lambda: run_script(running, broken)
     await (await running.again()).ready()
     async with device(running.url) as peer:
         await peer.send(minute_frame("first"))
@@ -383,13 +378,41 @@ async def test_a_bug_in_the_writer_saves_the_rows_in_hand_and_ends_with_status_1
         await peer.send(minute_frame("third"), minute_frame("fourth"))
         assert await asyncio.to_thread(running.process.wait, 10) == 1
     assert "CRITICAL stopped by a bug: ZeroDivisionError" in running.log
-    running.start = good
+    del running.start
     await (await running.again()).ready()
     assert [row[0] for row in await wait_for_rows(database, 3)] == ["first", "fourth", "third"]
 
 
-def run_script(running, script):
-    with running.log_path.open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, str(script)], cwd=running.folder, env=running.env, stdout=log, stderr=log
-        )
+def with_broken(running, patch):
+    """Let a collector's next start run with a part of it replaced."""
+    script = running.folder / "broken.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport shelly_collector as sc\n{patch}sys.exit(sc.main())\n"
+    )
+
+    def start():
+        with running.log_path.open("ab") as log:
+            command = [sys.executable, str(script)]
+            return subprocess.Popen(command, cwd=running.folder, env=running.env, stdout=log, stderr=log)
+
+    running.start = start
+
+
+async def test_a_resolver_that_hangs_does_not_hold_up_a_stop(collectors, tmp_path):
+    running = collectors(tmp_path, DATABASE_URL="postgresql://u@database.invalid/x")
+    await running.ready("unreachable since")
+    await running.stop()
+    with_broken(
+        running,
+        "import socket, time\n"
+        "real = socket.getaddrinfo\n"
+        "def getaddrinfo(host, *rest, **more):\n"
+        "    if host == 'database.invalid': time.sleep(60)\n"
+        "    return real(host, *rest, **more)\n"
+        "socket.getaddrinfo = getaddrinfo\n",
+    )
+    await (await running.again()).ready("connecting")
+    async with device(running.url) as peer:
+        await peer.send(minute_frame())
+        status, took = await running.stop()
+    assert status == 0 and took < 3 and (tmp_path / "data/spool.sqlite3").exists()
