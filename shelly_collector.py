@@ -879,6 +879,8 @@ async def write_batch(
                 REPLAY_TIMEOUT, write_rows(pool, [Row(*row[1:]) for row in spooled], collector.insert)
             )
             collector.spool.remove(spooled)
+            if not collector.spool.rows and not collector.outage:
+                log.info("the rows of the earlier outage are written")
         else:
             fill_batch(collector)
             written = await within(WRITE_TIMEOUT, write_rows(pool, collector.batch, collector.insert))
@@ -1083,8 +1085,9 @@ def check(settings: Settings) -> int:
         shown["DATABASE_URL"] = hide_password(settings.database_url)
     if settings.token:
         shown["COLLECTOR_TOKEN"] = "***"
+    unset = {"DATABASE_URL": "none: a PostgreSQL of its own", "HOST": "all addresses", "CHANNELS": "all"}
     for name, value in shown.items():
-        print(f"{name:26}{value or 'none'}")
+        print(f"{name:26}{value or unset.get(name, 'none')}")
     try:
         check_database(settings)
         status = 0
@@ -1140,7 +1143,6 @@ def claim_folder(collector: Collector) -> bool:
         log.warning("%s; in an outage of the database rows wait in memory only", reason)
     if spool.rows:
         log.warning("%d rows of an earlier outage wait on disk", spool.rows)
-        collector.outage = Outage(time.time(), "", announced=True)
     return True
 
 

@@ -133,6 +133,7 @@ async def test_kill_9_in_an_outage_leaves_all_but_the_last_second_in_the_spool(c
     await asyncio.to_thread(running.process.wait)
     steady.stop()
     await (await running.again()).ready("unreachable since")
+    await wait_for(lambda: "rows of an earlier outage" in running.log and "unreachable" in running.log)
     await come_back(own_postgres, how)
     await settle(running, own_postgres.url)
     newest = max(when.timestamp() for (when,) in read_rows(own_postgres.url, "timestamp"))
@@ -358,6 +359,25 @@ async def test_a_second_collector_on_the_folder_works_without_a_spool_until_it_i
         spool.close()
 
 
+async def test_a_bug_in_the_handler_saves_the_rows_in_hand_and_ends_with_status_1(collectors, database, tmp_path):
+    running = await collectors(tmp_path, DATABASE_URL=database).ready()
+    await running.stop()
+    with_broken(
+        running,
+        "real = sc.take_reading\n"
+        "def take_reading(collector, channel, now):\n"
+        "    if channel.device_id == 'third': raise ZeroDivisionError('EXPECTED_BUG')\n"
+        "    return real(collector, channel, now)\n"
+        "sc.take_reading = take_reading\n",
+    )
+    await (await running.again()).ready()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame("first"), minute_frame("second"), minute_frame("third"))
+        assert await asyncio.to_thread(running.process.wait, 10) == 1
+    assert "CRITICAL stopped by a bug: ZeroDivisionError" in running.log
+    assert [row[0] for row in await wait_for_rows(database, 2)] == ["first", "second"]
+
+
 async def test_a_bug_in_the_writer_saves_the_rows_in_hand_and_ends_with_status_1(collectors, database, tmp_path):
     # The bug: a driver that fails in a way nobody expects, at the third row.
     running = collectors(tmp_path, DATABASE_URL=database)
@@ -366,9 +386,9 @@ async def test_a_bug_in_the_writer_saves_the_rows_in_hand_and_ends_with_status_1
     with_broken(
         running,
         "real = sc.insert_rows\n"
-        "async def insert_rows(conn, rows):\n"
+        "async def insert_rows(conn, rows, insert):\n"
         "    if any(row.device_id == 'third' for row in rows): raise ZeroDivisionError('EXPECTED_BUG')\n"
-        "    return await real(conn, rows)\n"
+        "    return await real(conn, rows, insert)\n"
         "sc.insert_rows = insert_rows\n",
     )
     await (await running.again()).ready()
