@@ -972,6 +972,9 @@ async def handle_device(collector: Collector, websocket: ServerConnection) -> No
         await websocket.send(GET_STATUS)
         if isinstance(websocket, DeviceConnection):
             websocket.take = take
+        for handshake in (websocket.request, websocket.response):
+            if handshake is not None:
+                handshake.headers.clear()  # nobody reads them again, and a device stays for months
         async for message in websocket:  # what came before that, what comes in fragments, and what is binary
             if isinstance(message, str):
                 take(message)
