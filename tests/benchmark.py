@@ -122,22 +122,25 @@ def server(name: str, dsn: str, interval_s: float = 60) -> Iterator[Server]:
         env = os.environ | {"DATABASE_URL": dsn, "PORT": str(PORT), "HOST": "127.0.0.1", "DATA_DIR": folder}
         env |= {"THROTTLE_INTERVAL_SECONDS": str(interval_s), "LOG_LEVEL": "ERROR"}
         began = time.perf_counter()
-        process = subprocess.Popen(command, env=env, cwd=folder)
+        process = subprocess.Popen(command, env=env, cwd=folder, stderr=subprocess.DEVNULL if name == "bare" else None)
         try:
             if CORES > 1:
                 psutil.Process(process.pid).cpu_affinity([0])
             while not answers():
                 time.sleep(0.003)
-            yield Server(name, process, time.perf_counter() - began)
+            ready_s = time.perf_counter() - began
+            while name == "collector" and not answers("database: connected"):
+                time.sleep(0.01)
+            yield Server(name, process, ready_s)
         finally:
             process.terminate()
             process.wait(20)
 
 
-def answers() -> bool:
+def answers(text: str = "") -> bool:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/", timeout=2) as response:
-            return bool(response.status == 200)
+            return response.status == 200 and text in response.read().decode()
     except (urllib.error.URLError, OSError):
         return False
 
