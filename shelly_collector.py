@@ -55,7 +55,7 @@ from websockets.http11 import Request, Response
 
 if TYPE_CHECKING:  # the functions that need the driver import it: it takes as long as all the rest of the start,
     import psycopg  # and the port opens before that
-    import psycopg_pool
+    from psycopg_pool import AsyncConnectionPool
 
 log = logging.getLogger("shelly_collector")
 T = TypeVar("T")
@@ -587,7 +587,7 @@ def refuses_row(exc: "psycopg.Error") -> bool:
     return isinstance(exc, psycopg.DataError | psycopg.IntegrityError | psycopg.errors.RaiseException)
 
 
-async def write_rows(pool: "psycopg_pool.AsyncConnectionPool", rows: list[Row], insert: str) -> int:
+async def write_rows(pool: "AsyncConnectionPool", rows: list[Row], insert: str) -> int:
     """How many rows were new, written through the pool."""
     import psycopg
 
@@ -800,7 +800,7 @@ class Spool:
 
 async def write_batches(collector: Collector) -> None:
     """Run until the collector stops and the queue is empty; what it leaves when cancelled is in batch and queue."""
-    pool: psycopg_pool.AsyncConnectionPool | None = None
+    pool: AsyncConnectionPool | None = None
     while True:
         if pool is not None and collector.outage is not None and not collector.spool.rows:
             end_outage(collector, collector.outage)
@@ -815,7 +815,7 @@ async def write_batches(collector: Collector) -> None:
             await collector.arrived.wait()
 
 
-async def reconnect(collector: Collector) -> "psycopg_pool.AsyncConnectionPool | None":
+async def reconnect(collector: Collector) -> "AsyncConnectionPool | None":
     """A new pool, so that no connection outlives an outage; None if that failed. Meanwhile the queue is spooled."""
     attempt = asyncio.create_task(open_database(collector))
     try:
@@ -844,10 +844,10 @@ async def pause(collector: Collector) -> None:
         await asyncio.sleep(SPOOL_EVERY)
 
 
-async def open_database(collector: Collector) -> "psycopg_pool.AsyncConnectionPool":
+async def open_database(collector: Collector) -> "AsyncConnectionPool":
     """The embedded server if there is to be one, the table, and a pool that has its connections."""
     import psycopg
-    import psycopg_pool
+    from psycopg_pool import AsyncConnectionPool
 
     settings = collector.settings
     if settings.database_url is None:
@@ -860,20 +860,18 @@ async def open_database(collector: Collector) -> "psycopg_pool.AsyncConnectionPo
     finally:
         await conn.close()
     low, high = settings.pool_min_size, settings.pool_max_size
-    pool = psycopg_pool.AsyncConnectionPool(conninfo, kwargs=CONNECTION, open=False, min_size=low, max_size=high)
+    pool = AsyncConnectionPool(conninfo, kwargs=CONNECTION, open=False, min_size=low, max_size=high)
     await pool.open(wait=True, timeout=REPLAY_TIMEOUT)
     return pool
 
 
-async def close_pool(pool: "psycopg_pool.AsyncConnectionPool") -> None:
+async def close_pool(pool: "AsyncConnectionPool") -> None:
     """Close a pool without waiting for connections that hang."""
     with contextlib.suppress(TimeoutError):
         await within(0.2, pool.close(timeout=0))
 
 
-async def write_batch(
-    collector: Collector, pool: "psycopg_pool.AsyncConnectionPool"
-) -> "psycopg_pool.AsyncConnectionPool | None":
+async def write_batch(collector: Collector, pool: "AsyncConnectionPool") -> "AsyncConnectionPool | None":
     """Write the oldest rows, those in the spool first; on an outage all in hand is spooled, and the pool is gone."""
     spooled: list[tuple[Any, ...]] = []
     try:
