@@ -499,11 +499,15 @@ def count_dropped(collector: Collector, rows: int, where: str) -> None:
 
 
 async def keep_house(collector: Collector) -> None:
-    """Expire waiting rows on time, and give back what is known of silent channels."""
+    """Expire waiting rows on time, take over a spool that another collector leaves, and forget silent channels."""
     tick_s = min(1.0, collector.settings.interval_s / 4)
     for tick in itertools.count(1):
         await asyncio.sleep(tick_s)
         expire_rows(collector, time.monotonic())
+        if tick % 5 == 0 and collector.spool.lock is None:
+            with contextlib.suppress(sqlite3.Error, OSError):
+                collector.spool.claim()  # DATA_DIR was in use, or not writable, at the start
+                collector.arrived.set()
         if tick % 240 == 0:
             forget_channels(collector, MOST_CHANNELS, time.time() - SILENT)
 

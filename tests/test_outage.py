@@ -356,6 +356,18 @@ async def test_a_second_collector_on_the_folder_works_without_a_spool_until_it_i
         await wait_for(lambda: rows_in(tmp_path / "data/spool.sqlite3") == 1)
 
 
+async def test_rows_that_another_collector_left_in_the_folder_are_taken_over(collectors, database, tmp_path):
+    away = "postgresql://u@127.0.0.1:1/x"
+    first = await collectors(tmp_path, DATABASE_URL=away).ready("unreachable since")
+    second = await collectors(tmp_path, DATABASE_URL=database).ready()
+    async with device(first.url) as peer:
+        await peer.send(minute_frame())
+        await wait_for(lambda: rows_in(tmp_path / "data/spool.sqlite3") == 1)
+    await first.stop()
+    assert [row[0] for row in await wait_for_rows(database, 1)] == [DEVICE]
+    assert outage_lines(second) == []
+
+
 def rows_in(spool):
     """How many rows a spool holds on disk; 0 while there is none or it is just being made."""
     if not spool.exists():
