@@ -13,8 +13,10 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -213,6 +215,8 @@ async def live(line: Line, minute_s: float, minutes: int | None) -> None:
         try:
             await play(line, minute_s, minutes)
             return
+        except (BrokenPipeError, InvalidURI):
+            raise
         except (WebSocketException, InvalidHandshake, OSError) as exc:
             wait_s = line.device.rnd.uniform(1, 28) / 60 * minute_s
             line.show(f"{line.device.id} -- {exc or type(exc).__name__}; back in {wait_s:.1f} s")
@@ -233,6 +237,8 @@ async def main() -> None:
     parser.add_argument("--filter", action="store_true", help="send what the filter in front lets pass")
     parser.add_argument("--quiet", action="store_true", help="do not show what is sent")
     args = parser.parse_args()
+    if not args.minute > 0:
+        parser.error("--minute must be above 0")
 
     def show(text: str) -> None:
         if not args.quiet:
@@ -250,6 +256,8 @@ async def main() -> None:
         await lives
     except InvalidURI as exc:
         raise SystemExit(str(exc)) from None
+    except BrokenPipeError:  # `… | head`: nobody reads on, not even what is still to be flushed at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except asyncio.CancelledError:
         show("stopped")
 
