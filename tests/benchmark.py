@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the collector costs, measured beside a bare websockets server that only counts: the library's own limit.
 
-    python tests/benchmark.py            # all scenarios, about four minutes
+    python tests/benchmark.py            # all scenarios, about five minutes
     python tests/benchmark.py fleet      # one of them
 
     stream   processor time per frame: minute frames and deltas as fast as they are taken, nearly all throttled
@@ -10,7 +10,8 @@
     burst    20,000 rows at once, until the last is visible
     latency  one frame at a time, from the send until its row is visible
     fleet    100, 1,000 and 10,000 devices of four channels that all report at the full minute
-    table    speed of inserts and of "one channel, last 24 h" in a table of 1 and 5 million rows, bytes per row
+    table    speed of inserts, of "one channel, last 24 h" and of newest_rows() with one channel dead for 44 days, in a
+             table of 1 and 5 million rows, bytes per row
 
 Collector and load each have a core where there are two. The rounds of collector and bare server take turns, as the
 machine may be shared; the table shows medians. Needs Linux.
@@ -24,6 +25,7 @@ import json
 import os
 import platform
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -35,13 +37,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import psycopg
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import shelly_collector as sc  # noqa: E402
+from conftest import Postgres  # noqa: E402
 
 PORT = 5733
 BARE = f"""
@@ -290,36 +294,33 @@ async def fleet(one: Server, dsn: str, devices: int, interval_s: float) -> dict[
 
 
 def table(dsn: str, millions: int) -> dict[str, float]:
-    """A table of channels with a row a minute each, filled by SQL, then used as the collector and its reader do."""
-    channels, rows = 4 * 100, millions * 1_000_000
+    """A table of channels with a row a minute each, filled by SQL, then used as the collector and its reader do.
+
+    The last channel has been dead for 44 days; where the table is shorter it has its first few rows only.
+    """
+    channels = 4 * 100
+    minutes, living = millions * 1_000_000 // channels, channels - 1
     with psycopg.connect(dsn, autocommit=True) as conn:
         conn.execute("DROP TABLE IF EXISTS power_logs")
         conn.execute((ROOT / "schema.sql").read_bytes())
-        conn.execute(
+        rows = conn.execute(
             "INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)"
             " SELECT to_timestamp(1700000040 + 60 * minute), 'shellypro4pm-' || lpad(to_hex(c / 4), 12, '0'),"
-            " 'switch:' || c %% 4, 433.8 + c, 228.2, 2.631, minute FROM generate_series(0, %s) minute, generate_series(0, %s) c",
-            [rows // channels - 1, channels - 1],
-        )
+            " 'switch:' || c %% 4, 433.8 + c, 228.2, 2.631, minute FROM generate_series(0, %s) minute, generate_series(0, %s) c"
+            " WHERE c < %s OR minute < %s",
+            [minutes - 1, channels - 1, living, max(10, minutes - 44 * 1440)],
+        ).rowcount
         conn.execute("VACUUM ANALYZE power_logs")
         size = conn.execute("SELECT pg_total_relation_size('power_logs')").fetchone()
         assert size is not None
-        speeds, looks, first = [], [], 1_700_000_040 + 60 * (rows // channels)
+        speeds, looks, newest, first = [], [], [], 1_700_000_040.0 + 60 * minutes
         for turn in range(50):
-            at = float(first + 60 * (turn * sc.BATCH // channels))
-            batch = [
-                sc.Row(
-                    at + 60 * (n // channels),
-                    f"shellypro4pm-{n % channels // 4:012x}",
-                    f"switch:{n % 4}",
-                    1.0,
-                    2.0,
-                    3.0,
-                    4.0,
-                )
-                for n in range(sc.BATCH)
-            ]
-            columns = [sc.array_text(column) for column in zip(*batch, strict=True)]
+            batch = []
+            for n in range(turn * sc.BATCH, (turn + 1) * sc.BATCH):
+                minute, c = divmod(n, living)
+                device, channel = f"shellypro4pm-{c // 4:012x}", f"switch:{c % 4}"
+                batch.append(sc.Row(first + 60 * minute, device, channel, 1.0, 2.0, 3.0, 4.0))
+            columns = ["{" + msgspec.json.encode(column)[1:-1].decode() + "}" for column in zip(*batch, strict=True)]
             began = time.perf_counter()
             conn.execute(sc.INSERT_ONCE, columns)
             speeds.append(sc.BATCH / (time.perf_counter() - began))
@@ -329,10 +330,16 @@ def table(dsn: str, millions: int) -> dict[str, float]:
                 [f"shellypro4pm-{turn:012x}", "switch:1", first - 86400],
             ).fetchall()
             looks.append(time.perf_counter() - began)
-            assert len(found) >= min(1440, rows // channels) - 1
+            assert len(found) >= min(1440, minutes) - 1
+        for _ in range(11):
+            began = time.perf_counter()
+            found = conn.execute("SELECT * FROM newest_rows()").fetchall()
+            newest.append(time.perf_counter() - began)
+            assert len(found) == channels
     return {
         "inserts, rows per second": statistics.median(speeds),
         "one channel, last 24 h, ms": statistics.median(looks) * 1000,
+        "newest row of 400 channels, one long dead, ms": statistics.median(newest) * 1000,
         "bytes per row with indexes": size[0] / rows,
         "a year of a four-channel device, GB": size[0] / rows * 4 * 525_600 / 1e9,
     }
@@ -420,17 +427,18 @@ def main() -> None:
     parser.add_argument("--interval", type=float, default=10.0, help="seconds, for fleet")
     parser.add_argument("--millions", type=int, nargs="+", default=[1, 5], help="of rows, for table")
     args = parser.parse_args()
-    sc.raise_file_limit()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with tempfile.TemporaryDirectory() as folder:
         say("starting PostgreSQL")
-        postgres = sc.start_postgres(Path(folder) / "postgres")
+        postgres = Postgres(Path(folder) / "postgres")
         try:
             if CORES > 1:
                 psutil.Process().cpu_affinity([1])
             show([machine()], [])
-            measure(args.scenario, postgres.get_uri(), args)
+            measure(args.scenario, postgres.url, args)
         finally:
-            sc.stop_postgres(postgres)
+            postgres.stop()
 
 
 CORES = psutil.cpu_count() or 1

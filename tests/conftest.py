@@ -4,14 +4,15 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-import warnings
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,8 @@ def notify(components: dict[str, Any], device: str = DEVICE, method: str = "Noti
 class Running:
     """A collector as its own process, in a folder of its own."""
 
-    def __init__(self, folder: Path, env: dict[str, str]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, env: dict[str, str], user: str | None = None) -> None:
+        self.folder, self.as_user = folder, {"user": user, "group": user, "extra_groups": []} if user else {}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(env.get("PORT") or probe.getsockname()[1])
@@ -81,7 +82,7 @@ class Running:
     def start(self) -> subprocess.Popen[bytes]:
         with self.log_path.open("ab") as log:
             command = [sys.executable, str(ROOT / "shelly_collector.py")]
-            return subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=log, stderr=log)
+            return subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=log, stderr=log, **self.as_user)
 
     @property
     def url(self) -> str:
@@ -152,51 +153,62 @@ async def device(url: str, **options: Any) -> Any:
 
 
 class Postgres:
-    """An embedded server that a test may crash, freeze and start again."""
+    """A server from the wheel's programs that a test may crash, freeze and start again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.server = sc.start_postgres(folder)
-        self.url: str = self.server.get_uri()
+        self.child = sc.CHILD | {"env": os.environ | {"LC_ALL": "C"}} | sc.server_user(folder, open_ways=True)
+        sc.make_ready(folder, self.child)
+        self.url = sc.server_conninfo(folder)
+        self.start()
 
-    def processes(self) -> list[psutil.Process]:
-        postmaster = psutil.Process(self.server.get_postmaster_info().pid)
-        return [postmaster, *postmaster.children(recursive=True)]
+    def start(self) -> None:
+        options = [f"--{option}" for option in sc.SERVER_OPTIONS.split()]
+        command = [str(sc.PROGRAMS / "postgres"), "-D", str(self.folder), *options]
+        sc.make_ready(self.folder, self.child)
+        self.server = psutil.Popen(command, stdout=subprocess.DEVNULL, **self.child)
+        while True:
+            with contextlib.suppress(psycopg.OperationalError):
+                psycopg.connect(self.url).close()
+                return
+            assert self.server.poll() is None
+            time.sleep(0.02)
 
     def signal_all(self, number: int) -> None:
-        for process in self.processes():
+        for process in [self.server, *self.server.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
     def crash(self) -> None:
-        processes = self.processes()
+        processes = [self.server, *self.server.children(recursive=True)]
         self.signal_all(signal.SIGKILL)
         psutil.wait_procs(processes, timeout=5)
 
-    def start(self) -> None:
-        self.server = sc.start_postgres(self.folder)
-
     def stop(self) -> None:
-        self.signal_all(signal.SIGCONT)
-        sc.stop_postgres(self.server)
+        if self.server.poll() is None:
+            self.signal_all(signal.SIGCONT)
+            self.server.send_signal(signal.SIGINT)
+            self.server.wait(20)
 
 
-@pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server for all tests: TEST_DATABASE_URL, or an embedded one."""
-    if os.environ.get("TEST_DATABASE_URL"):
-        yield os.environ["TEST_DATABASE_URL"]
-        return
-    server = sc.start_postgres(tmp_path_factory.mktemp("postgres") / "data")
-    try:
-        yield server.get_uri()
-    finally:
-        sc.stop_postgres(server)
+def pytest_configure(config: Any) -> None:
+    """One server for all tests, and all processes that run them: TEST_DATABASE_URL, or one of the wheel's."""
+    if not hasattr(config, "workerinput") and not os.environ.get("TEST_DATABASE_URL"):
+        config.own_folder = tempfile.TemporaryDirectory(prefix="shelly-tests-")
+        config.own_postgres = Postgres(Path(config.own_folder.name, "data"))
+        os.environ["TEST_DATABASE_URL"] = config.own_postgres.url
+
+
+def pytest_unconfigure(config: Any) -> None:
+    if hasattr(config, "own_postgres"):
+        config.own_postgres.stop()
+        config.own_folder.cleanup()
 
 
 @pytest.fixture
-def database(postgres_url: str) -> Iterator[str]:
+def database() -> Iterator[str]:
     """The URL of a fresh database."""
+    postgres_url = os.environ["TEST_DATABASE_URL"]
     name = f"test_{os.getpid()}_{next(NUMBERS)}"
     with psycopg.connect(postgres_url, autocommit=True) as conn:
         conn.execute(f"CREATE DATABASE {name}")
@@ -210,8 +222,7 @@ def own_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]
     try:
         yield server
     finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            server.stop()
+        server.stop()
 
 
 @pytest.fixture
@@ -219,8 +230,8 @@ def collectors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
     """Starts collectors; at the end they are killed, and none may have shown a traceback."""
     started: list[Running] = []
 
-    def start(folder: Path | None = None, **env: str) -> Running:
-        started.append(Running(folder or tmp_path_factory.mktemp("collector"), env))
+    def start(folder: Path | None = None, user: str | None = None, **env: str) -> Running:
+        started.append(Running(folder or tmp_path_factory.mktemp("collector"), env, user))
         return started[-1]
 
     yield start
@@ -233,6 +244,66 @@ def collectors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
         running.process.wait()
     for running in started:
         assert "Traceback" not in running.log or "EXPECTED_BUG" in running.log, running.log
+
+
+class Wire:
+    """A TCP way to a server's socket, perhaps a slow one; `swallow` makes a black hole of the connections there are."""
+
+    def __init__(self, socket_path, delay_s=0.0):
+        self.socket_path, self.delay_s = socket_path, delay_s
+        self.holes = set()  # connections that never answer again
+        self.black = False  # what new connections bring is swallowed, too
+        self.writers = []
+        self.tasks = set()
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.carry, "127.0.0.1", 0)
+        self.port = self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_):
+        self.server.close()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        for writer in self.writers:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    def swallow(self):
+        self.black = True
+
+    def mend(self):
+        """New connections get through; the old ones stay swallowed for good."""
+        self.black = False
+
+    async def carry(self, reader, writer):
+        task = asyncio.current_task()
+        self.tasks.add(task)
+        self.writers.append(writer)
+        there, back = await asyncio.open_unix_connection(self.socket_path)
+        self.writers.append(back)
+        await asyncio.gather(self.pump(task, reader, back), self.pump(task, there, writer))
+
+    async def pump(self, carrier, reader, writer):
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                if self.black:
+                    self.holes.add(carrier)
+                if self.delay_s:
+                    asyncio.get_running_loop().call_later(self.delay_s, writer.write, data)
+                elif carrier not in self.holes:
+                    writer.write(data)
+                    await writer.drain()
+        if carrier not in self.holes:
+            writer.close()
+
+
+def execute(database: str, *statements: Any) -> None:
+    with psycopg.connect(database, autocommit=True) as conn:
+        for statement in statements:
+            conn.execute(statement)
 
 
 def read_rows(database: str, columns: str = "*", order: str = "device_id, channel, timestamp") -> list[tuple[Any, ...]]:
@@ -265,17 +336,27 @@ async def make(tmp_path: Path) -> Callable[..., sc.Collector]:
     return lambda **env: sc.make_collector(settings(**({"DATA_DIR": str(tmp_path)} | env)))
 
 
-def feed(collector: sc.Collector, frame: Any, now: float, link: sc.Link | None = None) -> bool:
+class Link:
+    """What a frame changes of its connection."""
+
+    def __init__(self) -> None:
+        self.name, self.devices = "127.0.0.1", set[str]()
+
+
+def feed(collector: sc.Collector, frame: Any, now: float, link: Any = None) -> bool:
     """Take one frame at a time of the server's clock; whether the device should be asked for its status."""
     text = frame if isinstance(frame, str | bytes) else json.dumps(frame)
-    return sc.take_frame(collector, link or sc.Link("test", now, known=True), text, now)
+    return sc.take_frame(collector, link or Link(), text, now)
 
 
 def taken(collector: sc.Collector) -> list[sc.Row]:
     """The rows that were queued since the last call."""
-    rows = list(collector.queue)
-    collector.queue.clear()
+    rows = list(collector.outbox.memory)
+    collector.outbox.memory.clear()
     return rows
 
 
-warnings.filterwarnings("ignore", message=".*XDG_RUNTIME_DIR.*")
+def expire(collector: sc.Collector, now: float = math.inf) -> None:
+    """Let the rows go on whose deadline has come by `now`, as keep_house does."""
+    for channel in collector.channels.values():
+        sc.settle_rows(collector, channel, now)

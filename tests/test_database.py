@@ -5,7 +5,7 @@ import asyncio
 import psycopg
 import pytest
 import shelly_collector as sc
-from conftest import DEVICE, ROOT, VALUES, device, minute_frame, read_rows, wait_for, wait_for_rows
+from conftest import DEVICE, ROOT, VALUES, device, execute, minute_frame, read_rows, settings, wait_for, wait_for_rows
 
 ORIGINAL_TABLE = """
 CREATE TABLE power_logs (id SERIAL PRIMARY KEY, timestamp TIMESTAMPTZ NOT NULL, device_id VARCHAR(100) NOT NULL,
@@ -20,12 +20,7 @@ MANY_ROWS = (
     " SELECT to_timestamp(n), 'old', 'switch:0', 1, 2, 3, 4 FROM generate_series(1, 300000) n"
 )
 NOON = 1_795_435_200.0
-
-
-def execute(database, *statements):
-    with psycopg.connect(database, autocommit=True) as conn:
-        for statement in statements:
-            conn.execute(statement)
+PARTS = {"idx_power_logs_timestamp", "idx_power_logs_device_channel", "power_logs_one_row_per_interval"}
 
 
 def indexes(database):
@@ -38,15 +33,40 @@ def row(n=0, device_id=DEVICE, apower=1.0):
     return sc.Row(NOON + 60 * n, device_id, "switch:0", apower, 230.0, 0.5, 9.0)
 
 
-async def connection(database):
-    return await psycopg.AsyncConnection.connect(database, **sc.CONNECTION)
+async def prepare(database):
+    pool = await sc.open_database(sc.make_collector(settings(DATABASE_URL=database)))
+    await pool.close()
+
+
+@pytest.fixture
+async def writer(database):
+    """Writes rows as the collector does, once the table is prepared; awaits until none waits."""
+    collector = sc.make_collector(settings(DATABASE_URL=database))
+    task = None
+
+    async def write(rows):
+        nonlocal task
+        before = collector.rows_written
+        for one in rows:
+            collector.outbox.append(one)
+        task = task or asyncio.create_task(sc.write_batches(collector))
+        await wait_for(lambda: not collector.outbox or task.done(), 30)
+        return collector.rows_written - before
+
+    collector.outbox.claim = lambda: None  # no disk in these tests
+    write.collector = collector
+    yield write
+    collector.stopping = True
+    collector.outbox.arrived.set()
+    if task is not None:
+        await task
+        await collector.pool.close()
 
 
 async def test_the_table_is_made_with_its_columns_and_indexes(database):
-    async with await connection(database) as conn:
-        await sc.prepare_table(conn)
-        await sc.prepare_table(conn)
-        await conn.execute((ROOT / "schema.sql").read_bytes())  # safe to apply again, by hand too
+    await prepare(database)
+    await prepare(database)
+    execute(database, (ROOT / "schema.sql").read_bytes())  # safe to apply again, by hand too
     with psycopg.connect(database) as conn:
         columns = conn.execute(
             "SELECT column_name, data_type, character_maximum_length, is_nullable FROM information_schema.columns"
@@ -63,16 +83,12 @@ async def test_the_table_is_made_with_its_columns_and_indexes(database):
         ("energy_total_wh", "double precision", None, "NO"),
         ("created_at", "timestamp with time zone", None, "YES"),
     ]
-    assert indexes(database) >= set(sc.PARTS[1:])
+    assert indexes(database) >= PARTS
 
 
 async def test_many_processes_may_apply_the_schema_at_once(database):
-    async def apply():
-        async with await connection(database) as conn:
-            await sc.prepare_table(conn)
-
-    await asyncio.gather(*(apply() for _ in range(12)))
-    assert indexes(database) >= set(sc.PARTS[1:])
+    await asyncio.gather(*(prepare(database) for _ in range(12)))
+    assert indexes(database) >= PARTS
 
 
 async def test_an_existing_table_keeps_its_rows_and_gets_the_rule(collectors, database):
@@ -100,8 +116,7 @@ async def test_a_table_with_duplicates_goes_on_without_the_rule_and_the_log_says
 @pytest.mark.parametrize("whole_schema", [True, False])
 async def test_a_role_that_may_only_insert_and_select_is_enough(collectors, database, whole_schema):
     if whole_schema:
-        async with await connection(database) as conn:
-            await sc.prepare_table(conn)
+        await prepare(database)
     else:
         execute(database, ORIGINAL_TABLE, "GRANT USAGE ON SEQUENCE power_logs_id_seq TO PUBLIC")
     execute(
@@ -117,50 +132,151 @@ async def test_a_role_that_may_only_insert_and_select_is_enough(collectors, data
     execute(database, "DROP OWNED BY meter", "DROP ROLE meter")
 
 
-async def test_the_first_reading_of_an_interval_wins(database, caplog):
-    async with await connection(database) as conn:
-        await sc.prepare_table(conn)
-        assert await sc.insert_rows(conn, [row(apower=1.0), row(apower=2.0), row(1)]) == 2
-        assert await sc.insert_rows(conn, [row(apower=3.0), row(2)]) == 1
+async def test_a_newer_schema_reaches_an_existing_database_and_an_older_one_is_left(collectors, database):
+    def version():
+        with psycopg.connect(database) as conn:
+            return conn.execute("SELECT power_logs_version()").fetchone()[0]
+
+    await prepare(database)
+    assert version() == sc.SCHEMA_VERSION
+    execute(database, "DROP FUNCTION newest_rows")
+    execute(
+        database, "CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 1'"
+    )
+    running = await collectors(DATABASE_URL=database).ready()
+    assert version() == sc.SCHEMA_VERSION
+    await running.stop()
+    execute(
+        database, "CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 99'"
+    )
+    await (await running.again()).ready()
+    assert version() == 99 and "WARNING" not in running.log
+
+
+async def test_while_an_index_is_built_rows_wait_and_health_says_so(collectors, database):
+    execute(database, ORIGINAL_TABLE, OLD_ROW)
+    with psycopg.connect(database) as other:  # holds up the index, as a long table would
+        other.execute("LOCK TABLE power_logs IN ROW EXCLUSIVE MODE")
+        running = await collectors(DATABASE_URL=database).ready("preparing the table")
+        async with device(running.url) as peer:
+            await peer.send(minute_frame())
+            await wait_for(lambda: "rows waiting: 1" in running.get()[1])
+            other.rollback()
+            await wait_for_rows(database, 2)
+    assert "power_logs_one_row_per_interval" in indexes(database) and "ERROR" not in running.log
+
+
+async def test_a_stop_while_an_index_is_built_is_quick_and_leaves_nothing_waiting(collectors, database):
+    execute(database, ORIGINAL_TABLE)
+    with psycopg.connect(database) as other, psycopg.connect(database, autocommit=True) as look:
+        other.execute("LOCK TABLE power_logs IN ROW EXCLUSIVE MODE")
+        running = await collectors(DATABASE_URL=database).ready("preparing the table")
+        status, took = await running.stop()
+        assert status == 0 and took < 3
+        backends = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'shelly_collector' AND datname = current_database()"
+        await wait_for(lambda: look.execute(backends).fetchone() == (0,))
+
+
+async def test_the_newest_row_of_each_channel_is_found_with_its_name(database):
+    await prepare(database)
+    execute(
+        database,
+        "INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)"
+        " SELECT to_timestamp(60 * m), d, c, m, 2, 3, 10 * m FROM generate_series(1, 50) m, unnest(ARRAY['a', 'b', 'B']) d,"
+        " unnest(ARRAY['switch:0', 'switch:10']) c",
+        "INSERT INTO channel_names VALUES ('a', 'switch:0', 'Switch', 'Pump'), ('b', 'switch:10', 'Heater', NULL)",
+    )
+    with psycopg.connect(database) as conn:
+        conn.execute("SET timezone TO 'UTC'")
+        cursor = conn.execute("SELECT * FROM newest_rows()")
+        rows, columns = cursor.fetchall(), [column.name for column in cursor.description]
+        assert columns == ["device_id", "channel", "name", "timestamp", "apower_w", "energy_total_wh"]
+        names = {(r[0], r[1]): r[2] for r in rows}
+        assert names.pop(("a", "switch:0")) == "Pump" and names.pop(("b", "switch:10")) == "Heater"
+        assert len(names) == 4 and set(names.values()) == {None}
+        assert {(r[3].timestamp(), r[4], r[5]) for r in rows} == {(3000.0, 50.0, 500.0)}
+        conn.execute("TRUNCATE power_logs")
+        assert conn.execute("SELECT * FROM newest_rows()").fetchall() == []
+
+
+async def test_the_newest_row_is_found_by_index_steps_however_long_the_channel_is_dead(database):
+    await prepare(database)
+    execute(
+        database,
+        "INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)"
+        " SELECT to_timestamp(60 * m), 'd', 'switch:' || c, m, 2, 3, 4 FROM generate_series(1, 20000) m, generate_series(0, 3) c"
+        " WHERE c <> 2 OR m < 10",
+        "VACUUM ANALYZE power_logs",
+    )
+    with psycopg.connect(database) as conn:
+        plan = conn.execute("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT * FROM newest_rows()").fetchone()[0]
+    assert plan[0]["Plan"]["Actual Rows"] == 4 and plan[0]["Plan"]["Shared Hit Blocks"] < 100
+
+
+async def test_the_first_reading_of_an_interval_wins(writer, database, caplog):
+    assert await writer([row(apower=1.0), row(apower=2.0), row(1)]) == 2
+    assert await writer([row(apower=3.0), row(2)]) == 1
     assert [r[2] for r in read_rows(database, VALUES)] == [1.0, 1.0, 1.0] and caplog.messages == []
 
 
-async def test_numbers_and_texts_arrive_to_the_last_bit(database):
+async def test_numbers_and_texts_arrive_to_the_last_bit(writer, database):
     values = (0.1 + 0.2, -1.7976931348623157e308, 5e-324, 2.0**53 + 2)
-    async with await connection(database) as conn:
-        await sc.prepare_table(conn)
-        await sc.insert_rows(
-            conn, [sc.Row(NOON, 'a"b\\c,{}', "switch:0", *values), sc.Row(NOON, "NULL", "switch:0", *values)]
-        )
+    await writer([sc.Row(NOON, 'a"b\\c,{}', "switch:0", *values), sc.Row(NOON, "NULL", "switch:0", *values)])
     assert read_rows(database, VALUES) == [("NULL", "switch:0", *values), ('a"b\\c,{}', "switch:0", *values)]
 
 
-@pytest.mark.parametrize(
-    "rule",
-    ["CHECK (apower_w <> 666)", "CHECK (device_id <> 'bad')", "EXCLUDE (device_id WITH =) WHERE (device_id = 'bad')"],
-)
-async def test_a_row_that_the_database_refuses_is_dropped_alone_and_logged(database, caplog, rule):
-    async with await connection(database) as conn:
-        await sc.prepare_table(conn)
-        await conn.execute(f"ALTER TABLE power_logs ADD CONSTRAINT my_rule {rule}")
-        rows = [row(n) for n in range(100)]
-        rows[37] = rows[37]._replace(device_id="bad", apower_w=666.0)
-        expected = 100 if "EXCLUDE" in rule else 99
-        assert await sc.insert_rows(conn, rows) == expected
-    assert len(caplog.messages) == 100 - expected
-    assert all("my_rule" in message and "bad" in message and "\n" not in message for message in caplog.messages)
+@pytest.mark.parametrize("bad", [[37], [0, 99], range(100), range(1, 100, 2)])
+@pytest.mark.parametrize("rule", ["CHECK (apower_w <> 666)", "CHECK (device_id <> 'bad')"])
+async def test_a_row_that_the_database_refuses_is_dropped_alone_and_logged(writer, database, caplog, rule, bad):
+    await prepare(database)
+    execute(database, f"ALTER TABLE power_logs ADD CONSTRAINT my_rule {rule}")
+    rows = [row(n) for n in range(100)]
+    for n in bad:
+        rows[n] = rows[n]._replace(device_id="bad", apower_w=666.0)
+    assert await writer(rows) == 100 - len(bad) == len(read_rows(database))
+    assert writer.collector.outbox.dropped == len(bad)
+    (message,) = caplog.messages  # of one channel: the others like it count, but say no more
+    assert "my_rule" in message and "bad" in message and "\n" not in message
 
 
-async def test_a_trigger_that_refuses_is_a_reason_too(database, caplog):
-    async with await connection(database) as conn:
-        await sc.prepare_table(conn)
-        await conn.execute(
-            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-            " IF NEW.apower_w = 666 THEN RAISE EXCEPTION 'not this one'; END IF; RETURN NEW; END $$;"
-            "CREATE TRIGGER refuse BEFORE INSERT ON power_logs FOR EACH ROW EXECUTE FUNCTION refuse()"
-        )
-        assert await sc.insert_rows(conn, [row(0), row(1, apower=666.0), row(2)]) == 2
+async def test_a_rule_that_skips_a_row_is_no_refusal(writer, database, caplog):
+    await prepare(database)
+    execute(database, "ALTER TABLE power_logs ADD EXCLUDE (device_id WITH =) WHERE (device_id = 'bad')")
+    assert await writer([row(n, "bad" if n == 37 else "good") for n in range(100)]) == 100 and not caplog.messages
+
+
+async def test_a_trigger_that_refuses_is_a_reason_too(writer, database, caplog):
+    await prepare(database)
+    execute(
+        database,
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF NEW.apower_w = 666 THEN RAISE EXCEPTION 'not this one'; END IF; RETURN NEW; END $$",
+        "CREATE TRIGGER refuse BEFORE INSERT ON power_logs FOR EACH ROW EXECUTE FUNCTION refuse()",
+    )
+    assert await writer([row(0), row(1, apower=666.0), row(2)]) == 2
     assert "not this one" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name", "kept"), [("LATIN1", "Ωmega", False), ("SQL_ASCII", "ж" * 50, True), ("LATIN1", "Ümega", True)]
+)
+async def test_a_name_that_the_encoding_cannot_hold_is_that_rows_fault(collectors, database, encoding, name, kept):
+    narrow = f"{psycopg.conninfo.conninfo_to_dict(database)['dbname']}_narrow"
+    execute(database, f"CREATE DATABASE {narrow} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
+    url = psycopg.conninfo.make_conninfo(database, dbname=narrow)
+    running = await collectors(DATABASE_URL=url).ready()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame("one"), minute_frame(name), minute_frame("two"), minute_frame("ж" * 60))
+        await wait_for(lambda: "rows waiting: 0" in running.get()[1] and len(read_rows(url)) >= 2 + kept)
+    with psycopg.connect(url, client_encoding="utf8") as conn:
+        found = {
+            row[0] if isinstance(row[0], str) else row[0].decode()
+            for row in conn.execute("SELECT device_id FROM power_logs")
+        }
+    assert found == {"one", "two", *([name] if kept else [])}
+    assert running.log.count("row dropped") == (not kept) and "ERROR" not in running.log
+    await running.stop()
+    execute(database, f"DROP DATABASE {narrow} WITH (FORCE)")
 
 
 @pytest.mark.parametrize(
@@ -188,32 +304,119 @@ async def test_a_table_with_other_columns_is_a_clear_error_and_the_rows_wait(col
         execute(database, change)
         await peer.send(minute_frame("during"))
         await wait_for(lambda: "database unreachable" in running.log)
-        await wait_for(lambda: (running.folder / "data/spool.sqlite3").exists())
+        await wait_for(lambda: "rows waiting: 1" in running.get()[1])
         execute(database, undo)
         await wait_for_rows(database, 2)
     (error,) = [line for line in running.log.splitlines() if "ERROR" in line]
     assert "column" in error
 
 
-async def test_a_missing_partition_makes_the_rows_wait(database):
-    async with await connection(database) as conn:
-        await conn.execute(
-            "CREATE TABLE power_logs (timestamp TIMESTAMPTZ, device_id TEXT, channel TEXT, apower_w FLOAT, voltage_v FLOAT,"
-            " current_a FLOAT, energy_total_wh FLOAT) PARTITION BY RANGE (timestamp)"
+async def test_a_missing_partition_makes_the_rows_wait(collectors, database):
+    await prepare(database)
+    execute(
+        database,
+        "ALTER TABLE power_logs RENAME TO plain",
+        "ALTER INDEX power_logs_one_row_per_interval RENAME TO plain_rule",
+        "CREATE TABLE power_logs (LIKE plain INCLUDING DEFAULTS INCLUDING IDENTITY) PARTITION BY RANGE (timestamp)",
+    )
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame())
+        await wait_for(lambda: "no partition" in running.log)
+        execute(database, "CREATE TABLE power_logs_all PARTITION OF power_logs DEFAULT")
+        await wait_for_rows(database, 1)
+
+
+async def test_numbers_that_are_used_up_make_the_rows_wait_and_drop_none(collectors, database):
+    # ON CONFLICT uses numbers up, and an old table's SERIAL has only four bytes of them.
+    execute(database, ORIGINAL_TABLE, "SELECT setval('power_logs_id_seq', 2147483647)")
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as peer:
+        await peer.send(*(minute_frame(f"d{n}") for n in range(5)))
+        await wait_for(lambda: "reached maximum value" in running.log)
+        execute(
+            database,
+            "ALTER TABLE power_logs ALTER id TYPE BIGINT",
+            "ALTER SEQUENCE power_logs_id_seq AS BIGINT NO MAXVALUE",
         )
-        with pytest.raises(psycopg.errors.CheckViolation):
-            await sc.insert_rows(conn, [row()], sc.INSERT)
+        await wait_for_rows(database, 5)
+    assert "rows dropped: 0" in running.get()[1]
 
 
-async def test_a_pooler_that_forgets_prepared_statements_is_no_outage(database):
-    async with await connection(database) as conn:
-        await sc.prepare_table(conn)
-        for n in range(10):
-            await sc.insert_rows(conn, [row(n)])
-        await conn.execute("DO $$ BEGIN EXECUTE 'DEALLOCATE ALL'; END $$")  # the driver does not notice
-        assert await sc.insert_rows(conn, [row(10)]) == 1
-        assert await sc.insert_rows(conn, [row(11)]) == 1
-    assert len(read_rows(database)) == 12
+async def test_a_database_that_forbids_new_tables_is_an_outage_and_no_bug(collectors, database):
+    execute(
+        database,
+        "CREATE FUNCTION forbid() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no DDL here'; END $$",
+        "CREATE EVENT TRIGGER forbid ON ddl_command_start EXECUTE FUNCTION forbid()",
+    )
+    running = await collectors(DATABASE_URL=database).ready("unreachable since")
+    async with device(running.url) as peer:
+        await peer.send(minute_frame())
+        await wait_for(lambda: running.log.count("no DDL here") == 1)
+        execute(database, "DROP EVENT TRIGGER forbid")
+        await wait_for_rows(database, 1)
+    assert "rows dropped: 0" in running.get()[1]
+
+
+async def test_a_table_that_was_archived_under_another_name_gets_a_whole_successor(collectors, database):
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame("before"))
+        await wait_for_rows(database, 1)
+        execute(database, "ALTER TABLE power_logs RENAME TO power_logs_2026")  # its indexes keep their names
+        await peer.send(minute_frame("after"))
+        assert [r[0] for r in await wait_for_rows(database, 1)] == ["after"]
+        definitions = "SELECT indexdef FROM pg_indexes WHERE tablename = 'power_logs'"
+        with psycopg.connect(database) as conn:
+            found = " ".join(row[0] for row in conn.execute(definitions))
+        assert "UNIQUE INDEX" in found and '(device_id, channel, "timestamp")' in found and '("timestamp")' in found
+    await running.stop()
+    await (await running.again()).ready()
+    assert "WARNING" not in running.log and "ERROR" not in running.log
+
+
+async def test_a_rule_that_the_owner_made_is_rule_enough(collectors, database):
+    execute(database, ORIGINAL_TABLE, "ALTER TABLE power_logs ADD UNIQUE (channel, timestamp, device_id)")
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame(), minute_frame())
+        await wait_for_rows(database, 1)
+
+
+async def test_a_schema_that_only_half_fits_is_a_warning_and_rows(collectors, database):
+    execute(database, ORIGINAL_TABLE, "CREATE FUNCTION newest_rows() RETURNS INT LANGUAGE sql AS 'SELECT 1'")
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame())
+        await wait_for_rows(database, 1)
+    assert running.log.count("is used as it is") == 1 and "ERROR" not in running.log
+
+
+async def test_a_table_in_a_later_schema_of_the_search_path_is_the_table(collectors, database):
+    execute(database, ORIGINAL_TABLE, OLD_ROW, "CREATE SCHEMA postgres")  # named like the role, so it comes first
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame())
+        await wait_for_rows(database, 2)
+    with psycopg.connect(database) as conn:
+        assert conn.execute("SELECT count(*) FROM pg_tables WHERE tablename = 'power_logs'").fetchone() == (1,)
+
+
+async def test_a_rule_that_on_conflict_cannot_use_is_none(collectors, database):
+    execute(database, ORIGINAL_TABLE, "ALTER TABLE power_logs ADD UNIQUE (device_id, channel, timestamp) DEFERRABLE")
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame())
+        await wait_for_rows(database, 1)
+    assert "lacks the rule" in running.log and "ERROR" not in running.log
+
+
+async def test_a_pooler_that_keeps_no_prepared_statements_is_no_outage(writer, database, caplog):
+    for n in range(10):
+        await writer([row(n)])
+        async with writer.collector.pool.connection() as conn:
+            await conn.execute("DO $$ BEGIN EXECUTE 'DEALLOCATE ALL'; END $$")  # the driver does not notice
+    assert len(read_rows(database)) == 10 and not [r for r in caplog.records if r.name == "shelly_collector"]
 
 
 async def test_a_table_that_is_dropped_is_made_again(collectors, database):
@@ -224,7 +427,7 @@ async def test_a_table_that_is_dropped_is_made_again(collectors, database):
         execute(database, "DROP TABLE power_logs")
         await peer.send(minute_frame("after"))
         assert [r[0] for r in await wait_for_rows(database, 1)] == ["after"]
-    assert indexes(database) >= set(sc.PARTS[1:])
+    assert indexes(database) >= PARTS
 
 
 async def test_a_limit_on_time_that_forbids_an_index_is_no_outage(collectors, database):

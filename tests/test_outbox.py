@@ -1,0 +1,240 @@
+"""Rows on their way: in order, bounded, on disk when they do not get on, safe from torn and damaged files."""
+
+import shutil
+import sqlite3
+
+import pytest
+import shelly_collector as sc
+
+ROWS = [sc.Row(60.0 * n, "device", "switch:0", float(n), 230.0, 0.5, 9.0) for n in range(5000)]
+
+
+@pytest.fixture
+def new(tmp_path):
+    """Opens outboxes in a folder; all are closed at the end."""
+    opened = []
+
+    def make(folder=tmp_path, rows=(), claim=True):
+        outbox = sc.Outbox(folder)
+        opened.append(outbox)
+        if claim:
+            outbox.claim()
+        return fill(outbox, rows)
+
+    yield make
+    for outbox in opened:
+        close(outbox)
+
+
+def close(outbox):
+    if outbox.file is not None:
+        outbox.file.close()
+        outbox.file = None
+
+
+def fill(outbox, rows):
+    for row in rows:
+        outbox.append(row)
+    return outbox
+
+
+def drain(outbox, limit=1000):
+    rows = []
+    while outbox:
+        batch = outbox.oldest(limit)
+        rows += batch[0]
+        outbox.remove(*batch)
+    return rows
+
+
+def test_rows_come_oldest_first_from_memory_and_from_disk(new):
+    outbox = new(rows=ROWS[:3000])
+    outbox.save()
+    fill(outbox, ROWS[3000:4000]).save()
+    fill(outbox, ROWS[4000:])
+    assert len(outbox) == 5000 and outbox.saved == 4000
+    assert drain(outbox) == ROWS
+    assert len(outbox) == outbox.saved == 0
+    fill(outbox, ROWS[:1]).save()
+    assert drain(outbox) == ROWS[:1]
+
+
+def test_a_batch_in_flight_that_goes_to_disk_meanwhile_is_removed_there(new):
+    outbox = new(rows=ROWS[:10])
+    batch = outbox.oldest(4)
+    fill(outbox, ROWS[10:12]).save()
+    outbox.remove(*batch)
+    assert len(outbox) == 8 and drain(outbox) == ROWS[4:12]
+
+
+def test_a_batch_in_flight_whose_rows_are_dropped_meanwhile_takes_no_others_along(new, monkeypatch):
+    monkeypatch.setattr(sc, "MOST_IN_MEMORY", 10)
+    outbox = new(rows=ROWS[:10], claim=False)
+    batch = outbox.oldest(6)
+    fill(outbox, ROWS[10:14]).save()
+    outbox.remove(*batch)
+    assert outbox.dropped == 4 and drain(outbox) == ROWS[6:14]
+
+
+def test_the_next_process_finds_what_is_not_in_the_table(new):
+    first = new(rows=ROWS[:10])
+    first.save()
+    first.remove(*first.oldest(4))
+    close(first)
+    second = new()
+    assert drain(second) == ROWS[:10]  # a second replay does no harm, a lost row would
+    close(second)
+    assert len(new()) == 0
+
+
+def test_a_clean_stop_in_mid_drain_leaves_only_what_is_not_in_the_table(new):
+    first = new(rows=ROWS)
+    first.save()
+    first.remove(*first.oldest(2000))
+    first.save()
+    close(first)
+    assert drain(new()) == ROWS[2000:]
+
+
+def test_a_new_process_puts_its_rows_behind_those_that_it_found(new):
+    first = new(rows=ROWS[:10])
+    first.save()
+    close(first)
+    second = new(rows=ROWS[10:20])
+    second.save()
+    fill(second, ROWS[20:30])
+    assert drain(second, 7) == ROWS[:30]
+
+
+def test_one_process_has_the_folder_and_the_next_one_takes_over_what_it_leaves(new):
+    first, second = new(rows=ROWS[:5]), new(claim=False, rows=ROWS[5:8])
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        second.claim()
+    second.save()  # has no file: its rows wait in memory
+    assert len(second) == 3 and second.saved == 0
+    first.save()
+    close(first)
+    second.claim()
+    assert drain(second) == ROWS[:8]
+
+
+def test_a_slow_but_moving_drain_does_not_grow_the_file_for_ever(new):
+    outbox = new(rows=ROWS[:100])
+    outbox.save()
+    for n in range(100, 4000, 100):  # never empty
+        outbox.remove(*outbox.oldest(100))
+        fill(outbox, ROWS[n : n + 100]).save()
+    (kept,) = outbox.file.execute("SELECT count(*) FROM rows").fetchone()
+    assert kept == len(outbox) == 100 and drain(outbox) == ROWS[3900:4000]
+
+
+def test_a_disk_that_cannot_be_written_leaves_all_in_memory_with_one_line(new, caplog):
+    outbox = new(rows=ROWS[:10])
+    outbox.file.execute("PRAGMA query_only = ON")
+    outbox.save()
+    outbox.save()
+    assert len(caplog.messages) == 1 and "rows wait in memory" in caplog.text and len(outbox.memory) == 10
+    outbox.file.execute("PRAGMA query_only = OFF")
+    outbox.save()
+    assert outbox.saved == 10 and drain(outbox) == ROWS[:10]
+
+
+def test_the_file_gives_its_room_back(new):
+    outbox = new(rows=ROWS)
+    outbox.save()
+    drain(outbox)
+    close(outbox)
+    assert outbox.path.stat().st_size < 20_000
+
+
+@pytest.mark.parametrize("cut", [1, 100, 4096, 5000, 20_000, 100_000])
+def test_a_torn_write_costs_no_more_than_what_it_tore(new, tmp_path, cut):
+    outbox = new()
+    for n in range(50):
+        fill(outbox, ROWS[100 * n : 100 * n + 100]).save()
+    # As kill -9 and a power cut leave it: the log of the last writes, its end torn off.
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "outbox.sqlite3").write_bytes(outbox.path.read_bytes())
+    log = outbox.path.with_name("outbox.sqlite3-wal").read_bytes()
+    (copy / "outbox.sqlite3-wal").write_bytes(log[:-cut])
+    rows = drain(new(copy))
+    assert rows == ROWS[: len(rows)] and len(rows) >= 5000 - 100 * (cut // 4096 + 2)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "zeroed"])
+def test_a_damaged_file_is_set_aside_with_one_line(new, tmp_path, damage, caplog):
+    outbox = new(rows=ROWS)
+    outbox.save()
+    close(outbox)
+    size = outbox.path.stat().st_size
+    content = {
+        "truncated": outbox.path.read_bytes()[: size // 2],
+        "garbage": b"not a database" * 999,
+        "zeroed": bytes(size),
+    }
+    outbox.path.write_bytes(content[damage])
+    after = new()
+    assert len(after) == 0 and drain(fill(after, ROWS[:5])) == ROWS[:5]
+    (aside,) = tmp_path.glob("*.damaged-*")
+    assert aside.read_bytes() == content[damage] and len(caplog.messages) == 1 and "damaged" in caplog.text
+
+
+def test_an_empty_file_is_a_new_one(new, tmp_path, caplog):
+    (tmp_path / "outbox.sqlite3").write_bytes(b"")
+    assert drain(new(rows=ROWS[:5])) == ROWS[:5] and caplog.messages == []
+
+
+def test_a_file_that_can_no_longer_be_read_does_not_hold_up_the_rows_in_memory(new, tmp_path, caplog):
+    outbox = new(rows=ROWS)
+    outbox.save()
+    outbox.file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    outbox.file.execute("PRAGMA shrink_memory")
+    with outbox.path.open("r+b") as file:
+        file.seek(2 * 4096)
+        file.write(b"\xff" * 4096 * 20)
+    fill(outbox, ROWS[:5])
+    while outbox.file is not None:
+        rows, end = outbox.oldest(1000)
+        outbox.remove(rows, end)
+    assert rows == ROWS[:5] and len(outbox) == 0 and len(caplog.messages) == 1
+    outbox.claim()  # as the writer does; the damage shows, and a new file is begun
+    assert len(list(tmp_path.glob("*.damaged-*"))) == 1
+    fill(outbox, ROWS[5:9]).save()
+    assert outbox.saved == 4 and drain(outbox) == ROWS[5:9]
+
+
+OLD_TABLE = (
+    "CREATE TABLE rows (id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, device_id TEXT,"
+    " channel TEXT, apower_w REAL, voltage_v REAL, current_a REAL, energy_total_wh REAL)"
+)
+
+
+def old_spool(folder, rows, close=True):
+    """As the version before this one left it; its lock's file is there, too."""
+    (folder / "collector.lock").write_bytes(b"")
+    spool = sqlite3.connect(folder / "spool.sqlite3", isolation_level=None)
+    spool.execute("PRAGMA journal_mode = WAL")
+    spool.execute(OLD_TABLE)
+    spool.executemany("INSERT INTO rows VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", rows)
+    if close:
+        spool.close()
+    return spool
+
+
+def test_the_spool_of_the_version_before_is_taken_over(new, tmp_path):
+    old_spool(tmp_path, ROWS[:20])
+    outbox = new(rows=ROWS[20:30])
+    assert outbox.saved == 20 and not (tmp_path / "spool.sqlite3").exists()
+    outbox.save()
+    assert drain(outbox, 7) == ROWS[:30]
+
+
+def test_the_spool_of_a_killed_version_before_is_taken_over_with_its_log(new, tmp_path):
+    made = tmp_path / "made"
+    made.mkdir()
+    spool = old_spool(made, ROWS[:20], close=False)
+    for end in ("", "-wal"):  # as kill -9 leaves them
+        shutil.copy(made / f"spool.sqlite3{end}", tmp_path)
+    spool.close()
+    assert drain(new(rows=ROWS[20:30]), 7) == ROWS[:30]
