@@ -61,10 +61,7 @@ COMPLAIN_EVERY, MOST_COMPLAINTS = 60.0, 500  # at most one line about the same t
 BATCH, MOST_IN_MEMORY = 1_000, 100_000  # rows, of 0.25 kB: larger batches gain nothing; if even the disk takes none
 ANSWER_TIMEOUT, PATIENT_TIMEOUT = 5.0, 30.0  # more is an outage; if it then lets one connect, it is slow, or locked
 TICK, SAVE_AFTER = 0.25, 0.5  # without a step forward rows go to disk: the sum is what a kill -9 in an outage may cost
-RETRY, CLOSE_TIMEOUT = (
-    2.0,
-    1.0,
-)  # before another attempt; for a peer that does not answer a close: a stop has 3 s in all
+RETRY, CLOSE_TIMEOUT = 2.0, 1.0  # before another attempt; for a peer that does not answer a close: a stop has 3 s
 
 
 # ---- Settings: from the environment and .env, checked once, never changed. ------------------------------------------
@@ -326,9 +323,8 @@ def settle_rows(collector: Collector, channel: Channel, now: float) -> None:
             missing = [name for name, value in zip(Row._fields[3:], values, strict=True) if value is None]
             named = (channel.device_id, channel.component, ", ".join(missing))
             channel.warned = complain(collector, named[0], "%s %s reports no %s: stored as 0", *named)
-        collector.outbox.append(
-            Row(interval, channel.device_id, channel.component, *[value or 0.0 for value in values])
-        )
+        known = [value or 0.0 for value in values]
+        collector.outbox.append(Row(interval, channel.device_id, channel.component, *known))
 
 
 async def keep_house(collector: Collector) -> None:
@@ -485,6 +481,8 @@ async def write_batches(collector: Collector) -> None:
             if outbox.file is None:  # it was in use, or could not be written; here no batch is in flight
                 with contextlib.suppress(sqlite3.Error, OSError):
                     outbox.claim()
+            if collector.pool and collector.postgres and collector.postgres.returncode is not None:
+                raise OSError("the embedded PostgreSQL has ended")  # nobody may notice for long if no row is due
             collector.pool = collector.pool or await open_database(collector)
             rows, end = outbox.oldest(limit)
             if rows:
@@ -501,9 +499,8 @@ async def write_batches(collector: Collector) -> None:
             if not refused or len(rows) > 1:
                 continue
             outbox.dropped += 1
-            complain(
-                collector, str(rows[0][1:3]), "row dropped, the database says: %s: %s", tuple(rows[0]), one_line(exc)
-            )
+            row = tuple(rows[0])
+            complain(collector, str(row[1:3]), "row dropped, the database says: %s: %s", row, one_line(exc))
         if collector.failures > 1:  # an outage ends with a batch that is written, or with a connection if none waits
             log.warning("database back after %.1f s, %d rows waited", time.time() - collector.down_since, len(outbox))
         collector.failures = 0
@@ -624,9 +621,7 @@ def make_ready(folder: Path, child: dict[str, Any]) -> None:
     names, pid_file = {str(folder), str(folder.resolve())}, folder / "postmaster.pid"
     written = pid_file.read_text().split()[:1] if pid_file.exists() else []
     found = [p for p in psutil.process_iter(["name", "cwd", "cmdline"]) if p.info["name"] == "postgres"]
-    found = [
-        p for p in found if names & {p.info["cwd"], *(p.info["cmdline"] or ())}
-    ]  # works in it, or was started for it
+    found = [p for p in found if names & {p.info["cwd"], *(p.info["cmdline"] or ())}]  # works in it, or was made for it
     for process in [p for p in found if [str(p.pid)] == written]:
         with contextlib.suppress(psutil.Error):
             process.send_signal(signal.SIGINT)  # "fast": it does not wait for clients
