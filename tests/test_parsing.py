@@ -1,5 +1,6 @@
 """From a text to known status: deltas, whole statuses, answers, and what is no reading."""
 
+import contextlib
 import json
 import math
 
@@ -174,24 +175,27 @@ async def test_a_channel_that_is_no_small_whole_number_is_passed_over_and_the_ot
     assert [r.channel for r in taken(collector)] == ["switch:3"]
 
 
-numbers = st.one_of(
+odd = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just(10**400), st.lists(st.integers())
 )
-components = st.dictionaries(
-    st.sampled_from(["apower", "voltage", "current", "aenergy", "output"]),
-    st.one_of(numbers, st.fixed_dictionaries({}, optional={"total": numbers})),
+
+
+def mostly(right):
+    """Right nine times of ten, so that rows are made of it; else anything."""
+    return st.sampled_from([right] * 9 + [odd]).flatmap(lambda strategy: strategy)
+
+
+numbers = mostly(st.floats(-1e9, 1e9))
+energy = mostly(st.fixed_dictionaries({"total": numbers}))
+components = st.fixed_dictionaries(
+    {"apower": numbers}, optional={"voltage": numbers, "current": numbers, "aenergy": energy, "output": odd}
 )
-frames = st.fixed_dictionaries(
-    {},
-    optional={
-        "src": st.one_of(st.sampled_from([DEVICE, "other-1"]), st.text(max_size=120), numbers),
-        "method": st.one_of(st.sampled_from(["NotifyStatus", "NotifyFullStatus", "NotifyEvent"]), st.none(), numbers),
-        "params": st.one_of(
-            st.dictionaries(st.sampled_from(["ts", "switch:0", "switch:1", "pm1:0"]), components), numbers
-        ),
-        "result": st.one_of(st.dictionaries(st.sampled_from(["sys", "switch:0"]), components), numbers),
-        "id": numbers,
-    },
+parts = mostly(st.dictionaries(st.sampled_from(["ts", "switch:0", "switch:1", "pm1:0"]), components, min_size=1))
+methods = mostly(st.sampled_from(["NotifyStatus", "NotifyFullStatus", "NotifyEvent"]))
+devices = mostly(st.one_of(st.sampled_from([DEVICE, "other-1"]), st.text(max_size=120)))
+frames = st.one_of(
+    st.fixed_dictionaries({"src": devices, "method": methods, "params": parts}, optional={"id": odd, "result": parts}),
+    st.fixed_dictionaries({"src": devices, "result": parts, "id": odd}, optional={"method": st.none()}),
 )
 
 
@@ -208,23 +212,29 @@ def finite_numbers(value):
     return set()
 
 
-@hypothesis_settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(history=st.lists(st.tuples(frames, st.floats(0, 200)), max_size=12))
-async def test_whatever_comes_only_finite_numbers_that_the_device_sent_become_rows(make, history):
-    collector, now, sent = make(), NOON, set()
-    for frame, pause in history:
-        now += pause
-        sent |= finite_numbers(frame)
-        try:
-            feed(collector, json.dumps(frame), now)
-        except ValueError:
-            continue
-    rows = taken(collector)
-    keys = [(r.device_id, r.channel, r.time) for r in rows]
-    assert len(set(keys)) == len(keys)
-    for r in rows:
-        assert all(type(value) is float and value in sent for value in r[3:])
-        assert sc.is_device_id(r.device_id) and r.channel in collector.kept
+async def test_whatever_comes_only_finite_numbers_that_the_device_sent_become_rows(make):
+    made = 0
+
+    @hypothesis_settings(max_examples=400, deadline=None)
+    @given(history=st.lists(st.tuples(frames, st.floats(0, 200)), max_size=12))
+    def rows_hold_only_what_was_sent(history):
+        nonlocal made
+        collector, now, sent = make(), NOON, set()
+        for frame, pause in history:
+            now += pause
+            sent |= finite_numbers(frame)
+            with contextlib.suppress(ValueError):
+                feed(collector, json.dumps(frame), now)
+        rows = taken(collector)
+        keys = [(r.device_id, r.channel, r.time) for r in rows]
+        assert len(set(keys)) == len(keys)
+        for r in rows:
+            assert all(type(value) is float and value in sent for value in r[3:])
+            assert 0 < len(r.device_id.encode()) <= 100 and r.channel in collector.kept
+        made += len(rows)
+
+    rows_hold_only_what_was_sent()
+    assert made > 20
 
 
 @hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
