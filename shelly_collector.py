@@ -239,10 +239,10 @@ def complain(collector: Collector, about: str, text: str, *values: object, bug: 
 
 
 # ---- Throttle: which readings become rows, and when a row is complete. ----------------------------------------------
-def should_write(collector: Collector, channel: Channel, interval: float) -> bool:
-    """Whether a reading of this interval becomes a row: the first one does, if it is to be kept."""
+def should_write(collector: Collector, channel: Channel) -> bool:
+    """Whether a reading of an interval without a row becomes one: it does if it has a power, and is to be kept."""
     apower_w, floor_w = channel.values[0], collector.settings.min_power_w
-    if interval == channel.last_write_time or apower_w is None:
+    if apower_w is None:
         return False
     was_running, channel.running = channel.running, floor_w is None or abs(apower_w) > floor_w
     return channel.running or was_running  # the row after a run tells "off" from "no data"
@@ -273,7 +273,7 @@ def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes
                 del collector.channels[next(iter(collector.channels))]  # the one whose newest row is oldest
         if interval != channel.last_write_time:
             ask = ask or None in channel.values or not 0 <= now - channel.voltage_time <= VOLTAGE_AGE
-            if should_write(collector, channel, interval):
+            if should_write(collector, channel):
                 channel.last_write_time = interval
                 collector.channels[src + key] = collector.channels.pop(src + key)
                 channel.waiting += ((time.monotonic() + interval_s, interval, channel.values.copy()),)

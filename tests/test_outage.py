@@ -431,9 +431,9 @@ async def test_a_bug_in_the_handler_is_loud_and_ends_its_connection_only(collect
     with_broken(
         running,
         "real = sc.should_write\n"
-        "def should_write(collector, channel, *rest):\n"
+        "def should_write(collector, channel):\n"
         "    if channel.device_id == 'third': raise ZeroDivisionError('EXPECTED_BUG')\n"
-        "    return real(collector, channel, *rest)\n"
+        "    return real(collector, channel)\n"
         "sc.should_write = should_write\n",
     )
     await (await running.again()).ready()

@@ -48,6 +48,9 @@ async def test_the_answer_to_get_status_counts(make):
     answer = {"id": 2, "src": DEVICE, "dst": "collector", "result": {"sys": {"unixtime": 1}, "switch:3": WHOLE}}
     feed(collector, answer, NOON)
     assert [(r.channel, r.apower_w) for r in taken(collector)] == [("switch:3", 100.0)]
+    answer["result"]["switch:3"] = {"apower": 7.0}  # it replaces what was known
+    feed(collector, answer, NOON + 60)
+    assert taken(collector) == [] and collector.channels[DEVICE + "switch:3"].values == [7.0, None, None, None]
 
 
 async def test_a_frame_with_id_and_method_is_a_notification(make):

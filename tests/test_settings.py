@@ -43,6 +43,20 @@ def test_a_setting_that_makes_no_sense_is_named(name, value):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [("PORT", "http", "PORT makes no sense: 'http' (Expected whole number)"),
+     ("PORT", "70000", "PORT makes no sense: '70000' (Expected whole number <= 65535)"),
+     ("CHANNELS", "0,x", "CHANNELS makes no sense: '0,x' (Expected whole number)"),
+     ("MIN_POWER_W", "ten", "MIN_POWER_W makes no sense: 'ten' (Expected number)"),
+     ("LOG_LEVEL", "loud", "LOG_LEVEL makes no sense: 'loud' (Invalid enum value 'LOUD')")],
+)  # fmt: skip
+def test_its_line_is_one_that_its_owner_understands(name, value, line):
+    with pytest.raises(ValueError) as caught:
+        settings(**{name: value})
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize(
     "url",
     ["postgres://user:p%40ss@host/db", "postgresql://h/db?application_name=a@b", "postgresql://u:a?b@h/db",
      "postgresql://u@h/db?application_name=a@b", "postgresql:///db?host=/run/x",
@@ -109,11 +123,11 @@ def test_the_example_file_shows_every_setting_with_its_default():
 
 async def test_env_file_counts_and_the_environment_wins(tmp_path):
     (tmp_path / ".env").write_text(
-        "CHANNELS=1,3\nMIN_POWER_W=12.5\nDATABASE_URL=postgresql://u:pa$$w0rd@127.0.0.1:1/x\n"
+        "CHANNELS=1,3\nMIN_POWER_W=12.5\nDATA_DIR=a${HOME}b\nDATABASE_URL=postgresql://u:pa$$w0rd@127.0.0.1:1/x\n"
     )
     status, out, err = await run(tmp_path, "--check", MIN_POWER_W="99")
     assert status == 1 and "1,3" in out and "99" in out and "12.5" not in out and "Traceback" not in err
-    assert "pa$$w0rd" not in out + err and "user=u" in out
+    assert "pa$$w0rd" not in out + err and "user=u" in out and "a${HOME}b" in out
 
 
 async def test_check_tells_of_a_running_collector_and_leaves_it_running(collectors, database, tmp_path):
