@@ -304,8 +304,7 @@ def lay_over(channel: Channel, component: Component, whole: bool, now: float) ->
     if (current := component.current) is not UNSET:
         values[2], found = current, found or current is not None
     if (voltage := component.voltage) is not UNSET:
-        values[1], found = voltage, found or voltage is not None
-        channel.voltage_time = channel.voltage_time if voltage is None else now
+        values[1], channel.voltage_time, found = voltage, now, found or voltage is not None
     if (energy := component.aenergy) is not UNSET and (total := None if energy is None else energy.total) is not UNSET:
         values[3], found = total, found or total is not None
     return found

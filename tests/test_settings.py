@@ -1,6 +1,7 @@
 """Settings, --check and --help, as a user types them."""
 
 import asyncio
+import re
 import subprocess
 import sys
 
@@ -139,6 +140,7 @@ async def test_check_tells_of_a_running_collector_and_leaves_it_running(collecto
         await peer.send(minute_frame(channel=3))
         await wait_for_rows(database, 3)
     assert status == 0 and err == "", err
+    assert re.search(r"^COLLECTOR_TOKEN +[*]{3}$", out, re.MULTILINE)
     assert "holds 2 rows" in out and "switch:2  433.8 W" in out and "other-1" in out
     assert f"ws://127.0.0.1:{running.port}/ws?token=a%20b%2F%C3%BC" in out.splitlines()[-1]
 

@@ -160,6 +160,13 @@ async def test_a_status_is_wanted_when_the_voltage_is_old(make):
     assert not feed(collector, notify(old), NOON + 8 * 60)
 
 
+async def test_a_status_is_wanted_when_one_of_several_channels_lacks_a_value(make):
+    whole = {"apower": 1.0, "voltage": 230.0, "current": 0.1, "aenergy": {"total": 1.0}}
+    for first, second in ((DELTA["switch:0"], whole), (whole, DELTA["switch:0"])):
+        assert feed(make(), notify({"switch:0": first, "switch:1": second}), NOON)
+    assert not feed(make(), notify({"switch:0": whole, "switch:1": whole}), NOON)
+
+
 async def test_what_is_known_of_many_channels_is_bounded_and_the_newest_stay(make, monkeypatch):
     monkeypatch.setattr(sc, "MOST_CHANNELS", 100)
     collector = make()
