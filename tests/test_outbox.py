@@ -2,6 +2,7 @@
 
 import shutil
 import sqlite3
+import time
 
 import pytest
 import shelly_collector as sc
@@ -57,6 +58,13 @@ def test_rows_come_oldest_first_from_memory_and_from_disk(new):
     assert len(outbox) == outbox.saved == 0
     fill(outbox, ROWS[:1]).save()
     assert drain(outbox) == ROWS[:1]
+
+
+def test_the_first_row_wakes_the_writer_and_begins_the_half_second_that_it_has(new):
+    outbox = new()
+    assert not outbox.arrived.is_set()
+    fill(outbox, ROWS[:1])
+    assert outbox.arrived.is_set() and time.monotonic() - outbox.step_time < 60
 
 
 def test_a_batch_in_flight_that_goes_to_disk_meanwhile_is_removed_there(new):
