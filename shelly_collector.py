@@ -356,7 +356,7 @@ class Outbox:
         self.first = 1  # place of memory[0]
         self.saved, self.removed = 0, 0  # rows in the file; place up to which they do not count, being in the table
         self.step_time = 0.0  # monotonic: when rows last got on, or memory got its first
-        self.failing, self.dropped = False, 0  # failing: the file could not be written, and the log says so
+        self.failing, self.full, self.dropped = False, False, 0  # the file cannot be written; nor memory hold more
         self.arrived = asyncio.Event()
 
     def __len__(self) -> int:
@@ -414,11 +414,13 @@ class Outbox:
                 self.failing = False
         except (sqlite3.Error, OSError) as exc:
             self.fail(exc)
-        while len(self.memory) > MOST_IN_MEMORY:
-            if not self.dropped:
-                log.error("too many rows wait: the oldest are dropped from now on")
+        excess = len(self.memory) - MOST_IN_MEMORY
+        if excess > 0 and not self.full:
+            log.error("too many rows wait: the oldest are dropped from now on")
+        for _ in range(excess):
             self.memory.popleft()
             self.first, self.dropped = self.first + 1, self.dropped + 1
+        self.full = excess > 0 or (self.full and excess == 0)
 
     def claim(self) -> None:
         """Take the folder for this process, with the rows that an earlier one left; no batch may be in flight."""
