@@ -60,7 +60,7 @@ MOST_DEVICES, MOST_CHANNELS = 1_000, 50_000  # that one connection speaks for; t
 COMPLAIN_EVERY, MOST_COMPLAINTS = 60.0, 500  # at most one line about the same thing in this time, about so many things
 BATCH, MOST_IN_MEMORY = 1_000, 100_000  # rows, of 0.25 kB: larger batches gain nothing; if even the disk takes none
 ANSWER_TIMEOUT, PATIENT_TIMEOUT = 5.0, 30.0  # more is an outage; if it then lets one connect, it is slow, or locked
-TICK, SAVE_AFTER = 0.25, 0.5  # without a step forward rows go to disk: the sum is what a kill -9 in an outage may cost
+TICK, SAVE_AFTER = 0.25, 0.5  # while memory's rows do not get on they go to disk: the sum is what a kill -9 may cost
 RETRY, CLOSE_TIMEOUT = 2.0, 1.0  # before another attempt; for a peer that does not answer a close: a stop has 3 s
 
 
@@ -355,7 +355,7 @@ class Outbox:
         self.memory: deque[Row] = deque()
         self.first = 1  # place of memory[0]
         self.saved, self.removed = 0, 0  # rows in the file; place up to which they do not count, being in the table
-        self.step_time = 0.0  # monotonic: when rows last got on, or memory got its first
+        self.step_time = 0.0  # monotonic: when memory last got a row to the table, or got its first
         self.failing, self.full, self.dropped = False, False, 0  # the file cannot be written; nor memory hold more
         self.arrived = asyncio.Event()
 
@@ -372,9 +372,9 @@ class Outbox:
         """The oldest rows, those in the file first, and the place behind them."""
         if self.saved and self.file:
             try:
-                query = "SELECT * FROM rows WHERE id > ? ORDER BY id LIMIT ?"
+                query, types = "SELECT * FROM rows WHERE id > ? ORDER BY id LIMIT ?", [*Row.__annotations__.values()]
                 if found := self.file.execute(query, [self.removed, limit]).fetchall():
-                    return [Row(*row[1:]) for row in found if None not in row], found[-1][0] + 1
+                    return [Row(*row[1:]) for row in found if [*map(type, row[1:])] == types], found[-1][0] + 1
             except sqlite3.Error as exc:
                 self.fail(exc)
                 self.file.close()
@@ -390,10 +390,9 @@ class Outbox:
 
     def remove(self, rows: list[Row], end: int) -> None:
         """Forget the oldest rows, which are in the table. The disk learns of it later: a second replay does no harm."""
-        self.step_time = time.monotonic()
         while self.memory and self.first < end:
             self.memory.popleft()
-            self.first += 1
+            self.first, self.step_time = self.first + 1, time.monotonic()
         if self.saved and self.file and self.removed < end - 1:
             self.removed, self.saved = end - 1, max(0, self.saved - len(rows))
             if not self.saved:
@@ -430,9 +429,11 @@ class Outbox:
                 if not self.path.exists():
                     self.path.with_name(f"spool.sqlite3{end}").rename(f"{self.path}{end}")
         file = sqlite3.connect(self.path, timeout=0)
+        file.text_factory = partial(str, encoding="utf-8", errors="replace")  # a flipped bit must not stop the rest
         try:
             file.executescript(OPEN_FILE)
-            self.saved, last = file.execute("SELECT count(*), max(id) FROM rows").fetchone()  # reads every page
+            look = "SELECT count(*), max(id), max(energy_total_wh) FROM rows"  # looks into every row for damage
+            self.saved, last, _ = file.execute(look).fetchone()
         except sqlite3.Error as exc:
             file.close()
             if isinstance(exc, sqlite3.OperationalError):

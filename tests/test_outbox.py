@@ -1,11 +1,13 @@
 """Rows on their way: in order, bounded, on disk when they do not get on, safe from torn and damaged files."""
 
+import asyncio
 import shutil
 import sqlite3
 import time
 
 import pytest
 import shelly_collector as sc
+from conftest import wait_for
 
 ROWS = [sc.Row(60.0 * n, "device", "switch:0", float(n), 230.0, 0.5, 9.0) for n in range(5000)]
 
@@ -126,6 +128,24 @@ def test_one_process_has_the_folder_and_the_next_one_takes_over_what_it_leaves(n
     assert drain(second) == ROWS[:8]
 
 
+async def test_rows_that_come_while_the_file_drains_go_to_disk_in_time_too(make):
+    collector = make()
+    outbox = collector.outbox
+    outbox.claim()
+    fill(outbox, ROWS[:3000]).save()
+    house = asyncio.create_task(sc.keep_house(collector))
+    fill(outbox, ROWS[3000:3001])
+
+    def drain_a_little():
+        outbox.remove(*outbox.oldest(10))
+        return not outbox.memory
+
+    await wait_for(drain_a_little)
+    assert outbox.saved > 0 and drain(outbox)[-1] == ROWS[3000]
+    house.cancel()
+    close(outbox)
+
+
 def test_a_slow_but_moving_drain_does_not_grow_the_file_for_ever(new):
     outbox = new(rows=ROWS[:100])
     outbox.save()
@@ -186,6 +206,30 @@ def test_a_damaged_file_is_set_aside_with_one_line(new, tmp_path, damage, caplog
     assert len(after) == 0 and drain(fill(after, ROWS[:5])) == ROWS[:5]
     (aside,) = tmp_path.glob("*.damaged-*")
     assert aside.read_bytes() == content[damage] and len(caplog.messages) == 1 and "damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "kept"),
+    [
+        (b"deviceswitch", b"dev\xe9ceswitch", 5000),  # a letter that is none: the row goes on with it
+        (b"\x00\x07\x19\x1d", b"\x00\x06\x19\x1d", 4999),  # a time that is none: that row is passed over
+        (b"\x09\x00\x07\x19\x1d", b"\x79\xff\xff\x19\x1d", 0),  # a row that cannot be read: the file is set aside
+    ],
+)
+def test_one_damaged_row_holds_up_nothing_behind_it(new, right, wrong, kept):
+    outbox = new(rows=ROWS)
+    outbox.save()
+    close(outbox)
+    content = outbox.path.read_bytes()
+    assert content.count(right) > 4900
+    outbox.path.write_bytes(content.replace(right, wrong, 1))
+    after = new()
+    fill(after, ROWS[:3]).save()
+    rows = []
+    while batch := after.oldest(1000)[0]:
+        rows += batch
+        after.remove(batch, after.oldest(1000)[1])
+    assert len(rows) == kept + 3 and rows[-3:] == ROWS[:3] and len(set(rows) & set(ROWS)) >= min(kept, 4999)
 
 
 def test_an_empty_file_is_a_new_one(new, tmp_path, caplog):
