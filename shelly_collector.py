@@ -552,7 +552,7 @@ async def open_database(collector: Collector) -> AsyncConnectionPool:
     """The embedded server if there is to be one, the table, and a pool that has its connections."""
     settings, folder = collector.settings, Path(collector.settings.data_dir, "postgres").absolute()
     if settings.database_url is None and (collector.postgres is None or collector.postgres.returncode is not None):
-        if collector.postgres is not None:
+        if collector.postgres is not None and collector.failures < 2:
             log.warning("the embedded PostgreSQL has ended: it is started again")
         await start_postgres(collector, folder, server_user(folder, open_ways=True))
     conninfo = settings.database_url or server_conninfo(folder)
@@ -771,7 +771,7 @@ async def check(settings: Settings) -> int:
     try:
         await within(60, check_database(collector))
     except DATABASE_ERRORS as exc:
-        print(f"\nThe database does not answer: {one_line(exc)}")
+        print(f"\nThe database cannot be read: {one_line(exc)}")
         status = 1
     finally:
         await stop_postgres(collector.postgres)
@@ -787,14 +787,18 @@ async def check_database(collector: Collector) -> None:
         print("\nThere is no database yet: the collector makes it when it starts.")
         return
     if not url:
-        with contextlib.suppress(sqlite3.OperationalError):  # a collector has the folder, and a server that runs
-            if collector.outbox.path.exists():  # else making it could give it to another user than the collector's
-                collector.outbox.claim()
-            await start_postgres(collector, folder, server_user(folder))
-    async with await psycopg.AsyncConnection.connect(url or server_conninfo(folder), **CONNECTION) as conn:
+        url = server_conninfo(folder)
+        try:
+            await (await psycopg.AsyncConnection.connect(url, **CONNECTION)).close()
+        except psycopg.OperationalError:
+            with contextlib.suppress(sqlite3.OperationalError):  # a collector has the folder, and starts its server
+                if collector.outbox.path.exists():  # else making it could give it to another user than the collector's
+                    collector.outbox.claim()
+                await start_postgres(collector, folder, server_user(folder))
+    async with await psycopg.AsyncConnection.connect(url, **CONNECTION) as conn:
         print(f"\nThe database answers: PostgreSQL {conn.info.server_version // 10000}")
-        if await (await conn.execute("SELECT to_regprocedure('newest_rows()')")).fetchone() == (None,):
-            print("There is no table yet, or not all of schema.sql: the collector makes it when it starts.")
+        if await (await conn.execute("SELECT to_regclass('power_logs')")).fetchone() == (None,):
+            print("There is no table yet: the collector makes it when it starts.")
             return
         (rows,) = await (await conn.execute("SELECT count(*) FROM power_logs")).fetchone() or (0,)
         print(f"power_logs holds {rows} rows{', the newest of each channel:' if rows else '.'}")

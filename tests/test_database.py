@@ -6,6 +6,7 @@ import psycopg
 import pytest
 import shelly_collector as sc
 from conftest import DEVICE, ROOT, VALUES, device, execute, minute_frame, read_rows, settings, wait_for, wait_for_rows
+from test_settings import run
 
 ORIGINAL_TABLE = """
 CREATE TABLE power_logs (id SERIAL PRIMARY KEY, timestamp TIMESTAMPTZ NOT NULL, device_id VARCHAR(100) NOT NULL,
@@ -115,21 +116,20 @@ async def test_a_table_with_duplicates_goes_on_without_the_rule_and_the_log_says
 
 @pytest.mark.parametrize("whole_schema", [True, False])
 async def test_a_role_that_may_only_insert_and_select_is_enough(collectors, database, whole_schema):
+    role = "meter_" + psycopg.conninfo.conninfo_to_dict(database)["dbname"]  # of the whole server
     if whole_schema:
         await prepare(database)
     else:
         execute(database, ORIGINAL_TABLE, "GRANT USAGE ON SEQUENCE power_logs_id_seq TO PUBLIC")
-    execute(
-        database,
-        "DO $$ BEGIN CREATE ROLE meter LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$",
-        "GRANT INSERT, SELECT ON power_logs TO meter",
-    )
-    running = await collectors(DATABASE_URL=psycopg.conninfo.make_conninfo(database, user="meter")).ready()
+    execute(database, f"CREATE ROLE {role} LOGIN", f"GRANT INSERT, SELECT ON power_logs TO {role}")
+    running = await collectors(DATABASE_URL=psycopg.conninfo.make_conninfo(database, user=role)).ready()
     async with device(running.url) as peer:
         await peer.send(minute_frame())
         await wait_for_rows(database, 1)
     assert running.log.count("is used as it is") == (0 if whole_schema else 1)
-    execute(database, "DROP OWNED BY meter", "DROP ROLE meter")
+    _, out, err = await run(running.folder, "--check", **running.env)
+    assert "holds 1 rows" in out and "Traceback" not in err
+    execute(database, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
 
 
 async def test_a_newer_schema_reaches_an_existing_database_and_an_older_one_is_left(collectors, database):
