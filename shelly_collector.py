@@ -112,7 +112,7 @@ def read_settings(env: dict[str, str | None]) -> Settings:
     # libpq ends the password at the first @, and takes "ssword@host" for the host, which every error would tell.
     user, _, rest = (url.partition("://")[2] if url.startswith("postgres") else "").partition("@")
     readable = "@" not in rest.partition("?")[0] and not (rest and "/" in user and "?" not in user)
-    with contextlib.suppress(psycopg.Error):
+    with contextlib.suppress(psycopg.Error, UnicodeError):
         ports = str(psycopg.conninfo.conninfo_to_dict(url).get("port", ""))
         if readable and re.fullmatch(r"[\d,]*", ports):
             return settings
@@ -728,6 +728,7 @@ def answer_request(collector: Collector, connection: ServerConnection, request: 
         response = connection.respond(404, "Not found: devices connect to /ws.\n")
     elif "Upgrade" not in headers:
         response = connection.respond(426, "This is a WebSocket endpoint.\n")
+        response.headers["Upgrade"] = "websocket"
     elif token is not None and not hmac.compare_digest(given[0].encode(), token.encode()):
         response = connection.respond(401, "The URL lacks the right ?token=\n")
     elif token is None and origin and origin.partition("://")[2] != host:  # only a browser sends an Origin

@@ -125,6 +125,11 @@ async def test_http_answers(shared, method, path, status):
     assert shared.log == before
 
 
+async def test_who_comes_without_an_upgrade_is_told_which_one_it_takes(shared):
+    answer = await knock(shared.port, b"GET /ws HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b" 426 " in answer and b"\r\nupgrade: websocket\r\n" in answer.lower()
+
+
 @pytest.fixture
 async def shared(collectors, database):
     return await collectors(DATABASE_URL=database).ready()

@@ -31,7 +31,7 @@ NONSENSE = [
     # An @ or / that is not written %40 or %2F: libpq would take a part of the password for the host, and tell it.
     ("DATABASE_URL", "postgresql://user:p@secret-pass@host/db"), ("DATABASE_URL", "postgresql://user:1/secret-pass@host/db"),
     ("DATABASE_URL", "postgresql://user:x/secret-pass@host/db"), ("DATABASE_URL", "postgresql://user:1?x@secret-pass@host/db"),
-    ("PUBLIC_URL", "shelly.example.org"), ("PUBLIC_URL", "https://"), ("PUBLIC_URL", "https://a b"),
+    ("DATABASE_URL", "postgresql://u:secret-pass\udcff@host/db"), ("PUBLIC_URL", "shelly.example.org"), ("PUBLIC_URL", "https://"), ("PUBLIC_URL", "https://a b"),
     ("PUBLIC_URL", "https://x?y"), ("PUBLIC_URL", "https://x/ws?token=secret-pass"), ("PUBLIC_URL", "https://me:secret-pass@x"), ("CHANNELS", "1 2"), ("CHANNELS", "1000"), ("DB_POOL_MAX_SIZE", "1001"),
 ]  # fmt: skip
 
