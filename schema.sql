@@ -1,6 +1,6 @@
 -- One row per metered channel and interval, and the questions to them. Safe to apply again. The collector does so at its
--- start if the database has no power_logs, no unique rule, or an older version of this file (its number is at the end),
--- so a role that may only INSERT and SELECT on a finished database needs nothing more.
+-- start if the database has no power_logs, or an older version of this file (its number is at the end), so a role that
+-- may only INSERT and SELECT on a finished database needs nothing more.
 
 BEGIN;
 
