@@ -38,7 +38,7 @@ from urllib.parse import quote, unquote
 
 import msgspec
 import psycopg
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from msgspec import UNSET, Meta, Raw, UnsetType
 from psycopg_pool import AsyncConnectionPool
 from websockets.asyncio.server import Server, ServerConnection, broadcast, serve
@@ -89,6 +89,7 @@ def read_settings(env: dict[str, str | None]) -> Settings:
     """An empty value counts as none. Raises ValueError: one line that names the setting and shows no secret."""
     texts = {name: text for name in Settings.__struct_encode_fields__ if (text := (env.get(name) or "").strip())}
     given: dict[str, Any] = texts | {"LOG_LEVEL": texts.get("LOG_LEVEL", "INFO").upper()}
+    given["DATA_DIR"] = os.path.expanduser(texts.get("DATA_DIR", "data"))
     if "CHANNELS" in texts:
         given["CHANNELS"] = [part.strip() for part in texts["CHANNELS"].split(",")]
     try:
@@ -105,9 +106,7 @@ def read_settings(env: dict[str, str | None]) -> Settings:
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", settings.public_url or "http://x"):
         raise ValueError("PUBLIC_URL must be like https://shelly.example.org")
     if not {"DATABASE_URL", "DATA_DIR"} & texts.keys() and any(map(env.get, FORGETFUL_PLATFORMS.split())):
-        raise ValueError(
-            "DATABASE_URL is not set, and this platform forgets its disk: set it, or DATA_DIR to one that stays"
-        )
+        raise ValueError("DATABASE_URL is not set, and the platform forgets its disk: set it, or a DATA_DIR that stays")
     url = settings.database_url or ""
     # libpq ends the password at the first @, and takes "ssword@host" for the host, which every error would tell.
     user, _, rest = (url.partition("://")[2] if url.startswith("postgres") else "").partition("@")
@@ -134,7 +133,8 @@ def device_url(settings: Settings, token: str) -> str:
 
 
 def one_line(exc: BaseException) -> str:
-    return " ".join(str(exc).split()) or "no answer in time"  # a TimeoutError says nothing
+    said = exc.diag.message_primary if isinstance(exc, psycopg.Error) else None  # the rest quotes the statement
+    return " ".join((said or str(exc)).split()) or "no answer in time"  # a TimeoutError says nothing
 
 
 # ---- Frames: from a text to what a device says. Nothing here waits or keeps. ----------------------------------------
@@ -261,7 +261,7 @@ def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes
         try:
             component = decode_component(raw)
         except (ValueError, RecursionError) as exc:
-            complain(collector, src, "%s %s: passed over: %s", src, key, exc)
+            complain(collector, src + key, "%s %s: passed over: %s", src, key, exc)
             continue
         known = collector.channels.get(src + key)
         channel = known or Channel(src, key)
@@ -321,7 +321,7 @@ def settle_rows(collector: Collector, channel: Channel, now: float) -> None:
         if None in values and not channel.warned:
             missing = [name for name, value in zip(Row._fields[3:], values, strict=True) if value is None]
             named = (channel.device_id, channel.component, ", ".join(missing))
-            channel.warned = complain(collector, named[0], "%s %s reports no %s: stored as 0", *named)
+            channel.warned = complain(collector, str(named), "%s %s reports no %s: stored as 0", *named)
         known = [value or 0.0 for value in values]
         collector.outbox.append(Row(interval, channel.device_id, channel.component, *known))
 
@@ -429,11 +429,11 @@ class Outbox:
                 if not self.path.exists():
                     self.path.with_name(f"spool.sqlite3{end}").rename(f"{self.path}{end}")
         file = sqlite3.connect(self.path, timeout=0)
-        file.text_factory = partial(str, encoding="utf-8", errors="replace")  # a flipped bit must not stop the rest
+        file.text_factory = partial(str, encoding="utf-8", errors="replace")  # a flipped bit stops no other row
         try:
             file.executescript(OPEN_FILE)
-            look = "SELECT count(*), max(id), max(energy_total_wh) FROM rows"  # looks into every row for damage
-            self.saved, last, _ = file.execute(look).fetchone()
+            # The last column is only there to look into every row for damage.
+            self.saved, last, _ = file.execute("SELECT count(*), max(id), max(energy_total_wh) FROM rows").fetchone()
         except sqlite3.Error as exc:
             file.close()
             if isinstance(exc, sqlite3.OperationalError):
@@ -501,8 +501,7 @@ async def write_batches(collector: Collector) -> None:
             if not refused or len(rows) > 1:
                 continue
             outbox.dropped += 1
-            row = tuple(rows[0])
-            complain(collector, str(row[1:3]), "row dropped, the database says: %s: %s", row, one_line(exc))
+            complain(collector, str(rows[0][1:3]), "row dropped, the database says: %s: %s", one_line(exc), rows[0])
         if collector.failures > 1:  # an outage ends with a batch that is written, or with a connection if none waits
             log.warning("database back after %.1f s, %d rows waited", time.time() - collector.down_since, len(outbox))
         collector.failures = 0
@@ -649,8 +648,7 @@ async def start_postgres(collector: Collector, folder: Path, as_user: dict[str, 
     child = CHILD | {"env": os.environ | {"LC_ALL": "C"}} | as_user
     await asyncio.to_thread(make_ready, folder, child)
     command = [str(PROGRAMS / "postgres"), "-D", str(folder), *(f"--{option}" for option in SERVER_OPTIONS.split())]
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-    with open(os.open(folder / "log", flags, 0o600), "ab") as output:
+    with open(os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600), "ab") as output:
         os.fchown(output.fileno(), child.get("user", -1), child.get("group", -1))
         process = collector.postgres = await asyncio.create_subprocess_exec(*command, stdout=output, **child)
         until = time.monotonic() + 10
@@ -721,12 +719,12 @@ def answer_request(collector: Collector, connection: ServerConnection, request: 
     path, _, query = request.path.partition("?")
     token, headers = collector.settings.collector_token, request.headers
     given = [unquote(part[6:]) for part in query.split("&") if part.startswith("token=")] or [""]
-    host, origin = (",".join(headers.get_all(name)).lower() for name in ("Host", "Origin"))
-    if path in ("/", "/health") and request.method in ("GET", "HEAD"):
+    host, origin, upgrade = (",".join(headers.get_all(name)).lower() for name in ("Host", "Origin", "Upgrade"))
+    if path in ("/", "/health") and request.method in ("GET", "HEAD") and "websocket" not in upgrade:
         response = connection.respond(200, health_text(collector))
     elif path != "/ws":
         response = connection.respond(404, "Not found: devices connect to /ws.\n")
-    elif "Upgrade" not in headers:
+    elif not upgrade:
         response = connection.respond(426, "This is a WebSocket endpoint.\n")
         response.headers["Upgrade"] = "websocket"
     elif token is not None and not hmac.compare_digest(given[0].encode(), token.encode()):
@@ -735,7 +733,7 @@ def answer_request(collector: Collector, connection: ServerConnection, request: 
         response = connection.respond(403, "No page of another site may send rows.\n")
     else:
         return None
-    if response.status_code in (401, 403):
+    if "websocket" in upgrade:
         who = str((connection.remote_address or "?")[0])
         complain(collector, who, "%s refused: %s", who, response.body.decode().strip())
     response.body = b"" if request.method == "HEAD" else response.body
@@ -785,8 +783,7 @@ async def check_database(collector: Collector) -> None:
     """Print what the database holds; raises DATABASE_ERRORS."""
     url, folder = collector.settings.database_url, Path(collector.settings.data_dir, "postgres").absolute()
     if not url and not (folder / "PG_VERSION").exists():
-        print("\nThere is no database yet: the collector makes it when it starts.")
-        return
+        return print("\nThere is no database yet: the collector makes it when it starts.")
     if not url:
         url = server_conninfo(folder)
         try:
@@ -799,8 +796,7 @@ async def check_database(collector: Collector) -> None:
     async with await psycopg.AsyncConnection.connect(url, **CONNECTION) as conn:
         print(f"\nThe database answers: PostgreSQL {conn.info.server_version // 10000}")
         if await (await conn.execute("SELECT to_regclass('power_logs')")).fetchone() == (None,):
-            print("There is no table yet: the collector makes it when it starts.")
-            return
+            return print("There is no table yet: the collector makes it when it starts.")
         (rows,) = await (await conn.execute("SELECT count(*) FROM power_logs")).fetchone() or (0,)
         print(f"power_logs holds {rows} rows{', the newest of each channel:' if rows else '.'}")
         async for device_id, channel, name, when, apower_w, _ in await conn.execute("SELECT * FROM newest_rows()"):
@@ -844,7 +840,7 @@ async def run(settings: Settings) -> int:
     try:
         collector.server = await serve(partial(handle_device, collector), settings.host, settings.port, **options)
     except (OSError, UnicodeError) as exc:
-        log.critical("cannot listen on port %d: %s", settings.port, exc)
+        log.critical("cannot listen on %s, port %d: %s", settings.host or "all addresses", settings.port, exc)
         return 1
     if not say_how_it_stands(collector):
         return 1
@@ -884,10 +880,13 @@ def main() -> int:
         print("usage: shelly_collector.py [--check: show settings, rows and the device's URL]; see also .env.example")
         return 0 if {"-h", "--help"} & {*arguments} else 2
     try:
-        settings = read_settings({**dotenv_values(".env", interpolate=False), **os.environ})
+        with open(".env" if Path(".env").exists() else os.devnull, encoding="utf-8", errors="replace") as file:
+            said = [*parse_stream(file)]
+        if wrong := [part.original.line for part in said if part.error or "\ufffd" in part.original.string]:
+            raise ValueError(f".env cannot be read, line {wrong[0]}: a quote that is not closed, no =, or no UTF-8")
+        settings = read_settings({part.key: part.value for part in said if part.key} | dict(os.environ))
     except (ValueError, OSError) as exc:
-        where = ".env cannot be read: " * isinstance(exc, UnicodeDecodeError | OSError)
-        print(f"shelly_collector: {where}{one_line(exc)}", file=sys.stderr)
+        print(f"shelly_collector: {one_line(exc)}", file=sys.stderr)
         return 2
     logging.Formatter.converter = time.gmtime
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s", datefmt=ISO)

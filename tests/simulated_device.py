@@ -219,7 +219,7 @@ async def live(line: Line, minute_s: float, minutes: int | None) -> None:
             raise
         except (WebSocketException, InvalidHandshake, OSError) as exc:
             wait_s = line.device.rnd.uniform(1, 28) / 60 * minute_s
-            line.show(f"{line.device.id} -- {exc or type(exc).__name__}; back in {wait_s:.1f} s")
+            line.show(f"{line.device.id} -- {str(exc) or type(exc).__name__}; back in {wait_s:.1f} s")
             await line.close()
             await asyncio.sleep(wait_s)
         finally:

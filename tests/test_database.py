@@ -235,8 +235,8 @@ async def test_a_row_that_the_database_refuses_is_dropped_alone_and_logged(write
         rows[n] = rows[n]._replace(device_id="bad", apower_w=666.0)
     assert await writer(rows) == 100 - len(bad) == len(read_rows(database))
     assert writer.collector.outbox.dropped == len(bad)
-    (message,) = caplog.messages  # of one channel: the others like it count, but say no more
-    assert "my_rule" in message and "bad" in message and "\n" not in message
+    assert len(caplog.messages) in (1, 2)  # of one channel at most one a minute, and a full minute may fall into this
+    assert all("my_rule" in message and "bad" in message and "\n" not in message for message in caplog.messages)
 
 
 async def test_a_rule_that_skips_a_row_is_no_refusal(writer, database, caplog):

@@ -108,6 +108,15 @@ async def test_a_component_that_no_meter_sends_is_passed_over_and_named_and_the_
     assert [r[3:] for r in taken(collector)] == [(5.0, 228.2, 2.631, 1234.567)]
 
 
+async def test_each_component_that_is_passed_over_is_named_once_a_minute(make, caplog):
+    collector = make()
+    for _ in range(2):
+        feed(collector, notify({"switch:0": {"apower": "x"}, "switch:1": {"apower": 1e200}, "switch:2": WHOLE}), NOON)
+    assert [
+        DEVICE + " " + key in line for key, line in zip(("switch:0", "switch:1"), caplog.messages, strict=True)
+    ] == [True] * 2
+
+
 @pytest.mark.parametrize(
     "gone", [{"voltage": None}, {"current": None}, {"aenergy": None}, {"aenergy": {"total": None}}]
 )

@@ -170,6 +170,16 @@ async def test_only_the_right_token_opens_the_door(collectors, database, token):
     assert 1 <= running.log.count("127.0.0.1 refused: The URL lacks the right ?token=") <= 2
 
 
+@pytest.mark.parametrize("path", ["/", "/ws/", "/WS", "/health", "/nothing?token=secret"])
+async def test_a_device_with_a_wrong_path_is_refused_with_a_line_that_says_the_right_one(collectors, database, path):
+    running = await collectors(DATABASE_URL=database).ready()
+    with pytest.raises(InvalidStatus) as caught:
+        async with connect(running.url.removesuffix("/ws") + path):
+            pass
+    assert caught.value.response.status_code == 404 and "secret" not in running.log
+    assert running.log.count("127.0.0.1 refused: Not found: devices connect to /ws.") == 1
+
+
 async def test_without_a_token_an_open_address_warns_once(collectors, database):
     open_one = await collectors(DATABASE_URL=database, HOST="0.0.0.0").ready()
     private = await collectors(DATABASE_URL=database, HOST="127.0.0.1").ready()

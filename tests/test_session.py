@@ -168,7 +168,7 @@ async def test_the_simulated_device_runs_from_the_command_line_and_stops_cleanly
 
 async def test_the_simulated_device_ends_quietly_when_nobody_reads_on(collectors, database):
     running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="1").ready()
-    command = f"{sys.executable} {ROOT / 'tests/simulated_device.py'} {running.url} --minute 1 | head -n 3"
+    command = f"'{sys.executable}' '{ROOT / 'tests/simulated_device.py'}' {running.url} --minute 1 | head -n 3"
     process = await asyncio.create_subprocess_shell(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = await asyncio.wait_for(process.communicate(), 20)
     assert process.returncode == 0 and err == b"" and out.count(b"\n") == 3

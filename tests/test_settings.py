@@ -99,10 +99,27 @@ async def test_nonsense_stops_the_start_with_one_line_and_status_2(tmp_path):
             assert (status, out) == (2, "") and name in err and err.count("\n") == 1 and "secret-pass" not in err
 
 
-async def test_a_bad_env_file_is_named(tmp_path):
-    (tmp_path / ".env").write_bytes(b"PORT=\xff\xfe\n")
+@pytest.mark.parametrize(
+    "line",
+    [b"PORT=\xff\xfe", b'COLLECTOR_TOKEN="secret-pass', b"COLLECTOR_TOKEN='it's secret-pass'", b"PORT: 81", b"PORT 81"],
+)
+async def test_a_line_of_the_env_file_that_cannot_be_read_stops_the_start(tmp_path, line):
+    # Passed over, it would open the door, or send the rows to another database.
+    (tmp_path / ".env").write_bytes(b"HOST=127.0.0.1\n" + line + b"\nCHANNELS=1\n")
+    status, out, err = await run(tmp_path)
+    assert (status, out) == (2, "") and ".env cannot be read, line 2" in err and err.count("\n") == 1
+    assert "secret-pass" not in err
+
+
+async def test_an_env_that_is_no_file_is_named(tmp_path):
+    (tmp_path / ".env").mkdir()
     status, out, err = await run(tmp_path)
     assert (status, out) == (2, "") and ".env" in err and err.count("\n") == 1
+
+
+def test_a_home_folder_is_meant_by_its_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/anna")
+    assert settings(DATA_DIR="~/shelly").data_dir == "/home/anna/shelly"
 
 
 def test_an_empty_value_is_none():
