@@ -260,7 +260,7 @@ def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes
             continue
         try:
             component = decode_component(raw)
-        except (ValueError, RecursionError) as exc:
+        except ValueError as exc:
             complain(collector, src + key, "%s %s: passed over: %s", src, key, exc)
             continue
         known = collector.channels.get(src + key)
@@ -527,8 +527,8 @@ def refuses_row(exc: Exception) -> bool:
         return exc.diag.constraint_name is not None  # else a partition is missing
     if isinstance(exc, error.UniqueViolation):
         return "device_id" in (exc.diag.message_detail or "")  # else the table's own numbers ran into older ones
-    letters = error.CharacterNotInRepertoire | error.UntranslatableCharacter
-    return isinstance(exc, letters | error.ExclusionViolation | error.ForeignKeyViolation | error.RaiseException)
+    rules = error.ExclusionViolation | error.ForeignKeyViolation | error.RaiseException
+    return isinstance(exc, rules | error.UntranslatableCharacter)
 
 
 async def wait_out(collector: Collector, exc: Exception) -> None:

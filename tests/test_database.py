@@ -60,7 +60,9 @@ async def writer(database):
     collector.stopping = True
     collector.outbox.arrived.set()
     if task is not None:
-        await task
+        ended, _ = await asyncio.wait({task}, timeout=5)
+        task.cancel()
+        assert ended and not task.exception()
         await collector.pool.close()
 
 
@@ -243,6 +245,38 @@ async def test_a_rule_that_skips_a_row_is_no_refusal(writer, database, caplog):
     await prepare(database)
     execute(database, "ALTER TABLE power_logs ADD EXCLUDE (device_id WITH =) WHERE (device_id = 'bad')")
     assert await writer([row(n, "bad" if n == 37 else "good") for n in range(100)]) == 100 and not caplog.messages
+    assert await writer([row(200, "good"), row(200, "bad"), row(201, "good")]) == 2
+    assert "conflicting key value" in caplog.text
+
+
+async def test_a_row_of_a_device_that_a_table_of_the_owners_does_not_know_is_dropped_alone(writer, database, caplog):
+    await prepare(database)
+    execute(
+        database,
+        f"CREATE TABLE mine (id TEXT PRIMARY KEY); INSERT INTO mine VALUES ('{DEVICE}')",
+        "ALTER TABLE power_logs ADD FOREIGN KEY (device_id) REFERENCES mine",
+    )
+    assert await writer([row(0), row(1, "stranger"), row(2)]) == 2 and "stranger" in caplog.text
+
+
+async def test_a_double_that_only_the_table_knows_of_is_dropped_alone(writer, database):
+    # A rule that ON CONFLICT cannot use.
+    execute(database, ORIGINAL_TABLE, "ALTER TABLE power_logs ADD UNIQUE (device_id, channel, timestamp) DEFERRABLE")
+    assert await writer([row(0)]) == 1
+    assert await writer([row(0), row(1), row(2)]) == 2 and writer.collector.outbox.dropped == 1
+
+
+async def test_a_server_that_is_slow_with_many_rows_gets_fewer_at_a_time(writer, database, monkeypatch):
+    await prepare(database)
+    execute(
+        database,
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM pg_sleep(0.01); RETURN NEW; END $$",
+        "CREATE TRIGGER slow BEFORE INSERT ON power_logs FOR EACH ROW EXECUTE FUNCTION slow()",
+    )
+    monkeypatch.setattr(sc, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(sc, "PATIENT_TIMEOUT", 1.0)
+    assert await writer([row(n) for n in range(400)]) == 400  # in one piece they take 4 s
 
 
 async def test_a_trigger_that_refuses_is_a_reason_too(writer, database, caplog):
@@ -373,6 +407,17 @@ async def test_a_table_that_was_archived_under_another_name_gets_a_whole_success
     await running.stop()
     await (await running.again()).ready()
     assert "WARNING" not in running.log and "ERROR" not in running.log
+
+
+@pytest.mark.parametrize("index", ["INDEX", "UNIQUE INDEX", "INVALID"])
+async def test_an_index_that_is_not_the_whole_rule_does_not_count_as_it(database, index):
+    partial = "WHERE apower_w > 5" if index == "UNIQUE INDEX" else ""
+    create = f"CREATE {index.replace('INVALID', 'UNIQUE INDEX')} mine ON power_logs (device_id, channel, timestamp) {partial}"
+    execute(database, ORIGINAL_TABLE, create)
+    if index == "INVALID":  # as CREATE INDEX CONCURRENTLY leaves it when it fails
+        execute(database, "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'mine'::regclass")
+    await prepare(database)
+    assert "power_logs_one_row_per_interval" in indexes(database)
 
 
 async def test_a_rule_that_the_owner_made_is_rule_enough(collectors, database):

@@ -125,6 +125,12 @@ async def test_http_answers(shared, method, path, status):
     assert shared.log == before
 
 
+async def test_the_answer_to_head_has_no_body(shared):
+    for path in (b"/", b"/ws", b"/nothing"):
+        answer = await knock(shared.port, b"HEAD " + path + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 ") and answer.endswith(b"\r\n\r\n")
+
+
 async def test_who_comes_without_an_upgrade_is_told_which_one_it_takes(shared):
     answer = await knock(shared.port, b"GET /ws HTTP/1.1\r\nHost: x\r\n\r\n")
     assert b" 426 " in answer and b"\r\nupgrade: websocket\r\n" in answer.lower()
@@ -191,6 +197,7 @@ async def test_malformed_frames_are_passed_over_with_one_line_and_the_good_ones_
     evil = "x\n2026-01-01T00:00:00Z CRITICAL forged'); DROP TABLE power_logs; --"
     async with device(shared.url) as peer:
         for bad in ("", "{", "[" * 100_000, "NaN", json.dumps(minute_frame(evil)), json.dumps(minute_frame("\0")), b"\x00",
+                    '{"src":"x","method":"NotifyStatus","params":{"a":' + "[" * 9999 + "]" * 9999 + "}}",
                     '{"src":"\\ud800","method":"NotifyStatus","params":{}}', "1" * 400, json.dumps(minute_frame("y" * 101))):  # fmt: skip
             await peer.send(bad, minute_frame())
         await peer.send(minute_frame(channel=1))
@@ -323,6 +330,7 @@ async def test_a_page_of_another_site_may_not_open_the_door(shared, origin, stat
         async with connect(shared.url, origin=origin):
             pass
     assert caught.value.response.status_code == status and "ERROR" not in shared.log
+    assert shared.log.count("127.0.0.1 refused: No page of another site may send rows.") == 1
 
 
 async def test_with_a_token_any_origin_may(collectors, database):
@@ -387,7 +395,7 @@ def answers(running):
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_a_stop_closes_devices_with_1001_and_writes_what_is_in_hand(collectors, database, number):
     running = await collectors(DATABASE_URL=database).ready()
     async with device(running.url) as peer, device(running.url) as bare:
@@ -401,7 +409,7 @@ async def test_a_stop_closes_devices_with_1001_and_writes_what_is_in_hand(collec
         assert caught.value.rcvd.code == 1001
     written = [row[0] for row in read_rows(database, VALUES)]
     assert written == [f"d{n:03}" for n in range(500)]  # "bare" still waited for two values: none is invented
-    assert "Traceback" not in running.log
+    assert "Traceback" not in running.log and "stopped, 0 rows wait on disk, 0 are lost" in running.log
 
 
 async def test_a_stop_does_not_wait_for_frozen_peers(collectors, database):

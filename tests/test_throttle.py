@@ -160,6 +160,12 @@ async def test_a_status_is_wanted_when_the_voltage_is_old(make):
     assert not feed(collector, notify(old), NOON + 8 * 60)
 
 
+async def test_a_status_is_wanted_when_the_clock_went_back_behind_the_voltage(make):
+    collector = make()
+    feed(collector, minute_frame(), NOON)
+    assert feed(collector, notify({"switch:0": {"aenergy": {"total": 7.0}}}), NOON - 3600)
+
+
 async def test_a_status_is_wanted_when_one_of_several_channels_lacks_a_value(make):
     whole = {"apower": 1.0, "voltage": 230.0, "current": 0.1, "aenergy": {"total": 1.0}}
     for first, second in ((DELTA["switch:0"], whole), (whole, DELTA["switch:0"])):
