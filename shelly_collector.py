@@ -393,7 +393,7 @@ class Outbox:
         while self.memory and self.first < end:
             self.memory.popleft()
             self.first, self.step_time = self.first + 1, time.monotonic()
-        if self.saved and self.file and self.removed < end - 1:
+        if self.saved and self.file:
             self.removed, self.saved = end - 1, max(0, self.saved - len(rows))
             if not self.saved:
                 with contextlib.suppress(sqlite3.Error), self.file:  # a full disk has no room even to delete
@@ -439,7 +439,7 @@ class Outbox:
             if isinstance(exc, sqlite3.OperationalError):
                 raise  # locked, or full
             aside = f"{self.path}.damaged-{time.time():.0f}"
-            for end in ("", "-wal"):  # which would be laid over the new one
+            for end in ("", "-wal"):
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(f"{self.path}{end}", f"{aside}{end}")
             log.error("%s is damaged (%s), and now set aside: %s", self.path, exc, aside)
@@ -662,10 +662,11 @@ async def start_postgres(collector: Collector, folder: Path, as_user: dict[str, 
 
 
 async def stop_postgres(process: asyncio.subprocess.Process | None) -> None:
-    with contextlib.suppress(ProcessLookupError, TimeoutError):
+    with contextlib.suppress(OSError):  # it has ended, or does not in time
         if process is not None:
             process.send_signal(signal.SIGINT)
             await asyncio.wait_for(process.wait(), 1.5)
+        Path("/tmp", f"shelly-{os.getpid()}").unlink(missing_ok=True)  # server_conninfo's link
 
 
 # ---- Device handler -------------------------------------------------------------------------------------------------

@@ -409,17 +409,6 @@ async def test_a_table_that_was_archived_under_another_name_gets_a_whole_success
     assert "WARNING" not in running.log and "ERROR" not in running.log
 
 
-@pytest.mark.parametrize("index", ["INDEX", "UNIQUE INDEX", "INVALID"])
-async def test_an_index_that_is_not_the_whole_rule_does_not_count_as_it(database, index):
-    partial = "WHERE apower_w > 5" if index == "UNIQUE INDEX" else ""
-    create = f"CREATE {index.replace('INVALID', 'UNIQUE INDEX')} mine ON power_logs (device_id, channel, timestamp) {partial}"
-    execute(database, ORIGINAL_TABLE, create)
-    if index == "INVALID":  # as CREATE INDEX CONCURRENTLY leaves it when it fails
-        execute(database, "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'mine'::regclass")
-    await prepare(database)
-    assert "power_logs_one_row_per_interval" in indexes(database)
-
-
 async def test_a_rule_that_the_owner_made_is_rule_enough(collectors, database):
     execute(database, ORIGINAL_TABLE, "ALTER TABLE power_logs ADD UNIQUE (channel, timestamp, device_id)")
     running = await collectors(DATABASE_URL=database).ready()
@@ -500,3 +489,141 @@ async def test_numbers_that_an_import_has_used_up_swallow_no_row(collectors, dat
         # The sequence gives 1 and 2 again; each attempt uses one up, and the row waits until it gets a number.
         assert len(await wait_for_rows(database, 3)) == 3
     assert "power_logs_pkey" in running.log
+
+
+async def test_an_idle_writer_sleeps(writer):
+    await writer([row(0)])
+    outbox, calls = writer.collector.outbox, []
+    real = outbox.oldest
+    outbox.oldest = lambda limit: calls.append(limit) or real(limit)
+    await asyncio.sleep(0.3)
+    assert len(calls) <= 1
+
+
+async def test_a_batch_is_never_larger_than_the_largest(writer, database, monkeypatch):
+    real, calls = sc.write_rows, []
+
+    async def counted(collector, pool, rows):
+        calls.append(len(rows))
+        return await real(collector, pool, rows)
+
+    await prepare(database)
+    execute(database, "ALTER TABLE power_logs ADD CONSTRAINT my_rule CHECK (apower_w <> 666)")
+    monkeypatch.setattr(sc, "write_rows", counted)
+    monkeypatch.setattr(sc, "BATCH", 10)
+    assert await writer([row(n, apower=666.0 if n == 3 else 1.0) for n in range(100)]) == 99
+    assert max(calls) == 10 and len(calls) < 30  # it narrows, and widens again
+
+
+async def test_many_refused_rows_cost_few_statements(writer, database, monkeypatch):
+    real, calls = sc.write_rows, []
+
+    async def counted(collector, pool, rows):
+        calls.append(len(rows))
+        return await real(collector, pool, rows)
+
+    await prepare(database)
+    execute(database, "ALTER TABLE power_logs ADD CONSTRAINT my_rule CHECK (apower_w <> 666)")
+    monkeypatch.setattr(sc, "write_rows", counted)
+    assert await writer([row(n, apower=666.0 if n % 2 else 1.0) for n in range(320)]) == 160
+    assert len(calls) < 400, len(calls)
+
+
+async def test_the_pool_of_an_outage_is_closed(writer, database):
+    await writer([row(0)])
+    pool = writer.collector.pool
+    execute(
+        database,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name = 'shelly_collector'",
+    )
+    await writer([row(1)])
+    assert pool.closed and writer.collector.pool is not pool
+
+
+async def test_a_connection_that_drops_while_the_index_is_built_is_an_outage_and_the_index_is_built(
+    collectors, database
+):
+    execute(database, ORIGINAL_TABLE)
+    with psycopg.connect(database) as other:
+        other.execute("LOCK TABLE power_logs IN ROW EXCLUSIVE MODE")
+        running = await collectors(DATABASE_URL=database).ready("preparing the table")
+        execute(
+            database,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name = 'shelly_collector'",
+        )
+    await wait_for(lambda: "power_logs_one_row_per_interval" in indexes(database))
+    assert "is used as it is" not in running.log
+
+
+async def test_a_look_that_fails_is_an_outage_and_no_bug(database, monkeypatch):
+    monkeypatch.setattr(sc, "LOOK_AT_SCHEMA", "SELECT 1 / 0, %s::int")
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        await prepare(database)
+
+
+async def test_a_database_that_freezes_right_after_the_connection_is_an_outage(database, monkeypatch):
+    monkeypatch.setattr(sc, "ANSWER_TIMEOUT", 0.2)
+    monkeypatch.setattr(sc, "LOOK_AT_SCHEMA", "SELECT pg_sleep(60), %s::int")
+    opening = asyncio.create_task(sc.open_database(sc.make_collector(settings(DATABASE_URL=database))))
+    await asyncio.wait({opening}, timeout=5)
+    assert opening.done() and isinstance(opening.exception(), TimeoutError)
+
+
+async def test_the_newest_row_is_found_in_whatever_order_they_came(database):
+    await prepare(database)
+    execute(
+        database,
+        "INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)"
+        " SELECT to_timestamp(60 * m), d, 'switch:0', m, 2, 3, 4 FROM generate_series(20000, 1, -1) m, unnest(ARRAY['a', 'b', 'c']) d",
+        "VACUUM ANALYZE power_logs",
+    )
+    with psycopg.connect(database) as conn:
+        rows = conn.execute("SELECT device_id, apower_w FROM newest_rows()").fetchall()
+    assert rows == [("a", 20000.0), ("b", 20000.0), ("c", 20000.0)]
+
+
+async def test_the_schema_applied_again_leaves_what_the_owner_said_and_named(database):
+    await prepare(database)
+    execute(
+        database,
+        "COMMENT ON TABLE power_logs IS 'mine'",
+        "CREATE SCHEMA postgres",  # named like the role, so it comes first
+        (ROOT / "schema.sql").read_bytes(),
+    )
+    with psycopg.connect(database) as conn:
+        assert conn.execute("SELECT obj_description('public.power_logs'::regclass)").fetchone() == ("mine",)
+        found = conn.execute("SELECT schemaname, tablename FROM pg_tables WHERE schemaname IN ('postgres', 'public')")
+        assert sorted(found.fetchall()) == [("public", "channel_names"), ("public", "power_logs")]
+
+
+async def test_a_row_may_be_imported_with_its_number(database):
+    await prepare(database)
+    execute(database, OLD_ROW.replace("DEFAULT", "17"))
+    assert read_rows(database, "id") == [(17,)]
+
+
+@pytest.mark.parametrize(
+    ("index", "enough"),
+    [("UNIQUE INDEX mine ON power_logs (device_id, channel, timestamp) WHERE channel <> 'x'", False),
+     ("UNIQUE INDEX mine ON power_logs (device_id, channel, timestamp) INCLUDE (apower_w) WHERE channel <> 'x'", False),
+     ("INDEX mine ON power_logs (device_id, channel, timestamp)", False),
+     ("UNIQUE INDEX mine ON power_logs (apower_w, device_id, channel, timestamp)", False),
+     ("UNIQUE INDEX mine ON power_logs (device_id, channel, timestamp, apower_w)", False),
+     ("UNIQUE INDEX mine ON power_logs (device_id, channel, timestamp) INCLUDE (apower_w)", True),
+     ("UNIQUE INDEX mine ON power_logs (device_id, channel, timestamp) WITH (fillfactor = 90)", True)],
+)  # fmt: skip
+async def test_an_index_of_the_owner_is_the_rule_only_if_it_does_the_same(database, index, enough):
+    execute(database, ORIGINAL_TABLE, f"CREATE {index}")
+    await prepare(database)
+    assert ("power_logs_one_row_per_interval" not in indexes(database)) == enough
+
+
+async def test_an_index_whose_making_failed_is_no_rule(database):
+    execute(database, ORIGINAL_TABLE, OLD_ROW, OLD_ROW)
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        execute(database, "CREATE UNIQUE INDEX CONCURRENTLY mine ON power_logs (device_id, channel, timestamp)")
+    execute(database, "DELETE FROM power_logs")
+    await prepare(database)
+    assert indexes(database) >= {"mine", "power_logs_one_row_per_interval"}

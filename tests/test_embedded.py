@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -175,7 +176,7 @@ async def test_any_path_works(collectors, tmp_path, name):
     status, out = await check(running)
     assert status == 0 and "holds 1 rows" in out, out
     await running.stop()
-    assert servers(folder) == []
+    assert servers(folder) == [] and not os.path.lexists(f"/tmp/shelly-{running.process.pid}")
     status, out = await check(running)
     assert status == 0 and "holds 1 rows" in out, out
 
@@ -337,3 +338,109 @@ async def test_sudo_check_beside_another_users_service_changes_no_owner(collecto
     if not collector_runs:
         await (await running.again()).ready()
     await takes_a_row(running, "two", 2)
+
+
+@pytest.mark.parametrize("by", ["cwd", "argument"])
+def test_a_server_that_the_pid_file_does_not_name_is_not_signalled_and_keeps_the_folder(tmp_path, monkeypatch, by):
+    folder = tmp_path / "postgres"
+    folder.mkdir()
+    (folder / "PG_VERSION").write_text("18\n")
+    (folder / "postmaster.pid").write_text("4711\n")
+    program = tmp_path / "bin" / "postgres"
+    program.parent.mkdir()
+    program.symlink_to(sys.executable)
+    more = [str(folder)] if by == "argument" else []
+    script = "import time; print(); time.sleep(600)"
+    other = subprocess.Popen([program, "-uc", script, *more], cwd="/" if more else folder, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    real = psutil.wait_procs
+    monkeypatch.setattr(psutil, "wait_procs", lambda found, _: real(found, 0.3))
+    try:
+        with pytest.raises(OSError, match="still works"):
+            sc.make_ready(folder, {})
+        assert other.poll() is None and (folder / "postmaster.pid").exists()
+    finally:
+        other.kill()
+        other.communicate()
+
+
+async def test_a_server_that_was_left_ends_though_a_client_stays(collectors, tmp_path):
+    running = await connected(collectors, tmp_path)
+    await takes_a_row(running, "one", 1)
+    with psycopg.connect(url(running)):
+        running.process.kill()
+        running.process.wait()
+        await (await running.again()).ready()
+    await takes_a_row(running, "two", 2)
+
+
+def test_a_database_that_cannot_be_made_is_an_error_and_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sc, "INITDB_OPTIONS", sc.INITDB_OPTIONS + " --no-such-option")
+    folder = tmp_path / "postgres"
+    with pytest.raises(OSError, match=r"cannot be made.*no-such-option"):
+        sc.make_ready(folder, sc.CHILD | sc.server_user(folder, open_ways=True))
+    assert not folder.exists()
+
+
+def test_a_folder_whose_name_a_socket_cannot_bear_is_reached_over_a_link(tmp_path):
+    for name, linked in (
+        ("/x/data/postgres", False),
+        ("/a,b/postgres", True),
+        ("/" + "x" * 85, True),
+        ("/" + "ж" * 43, True),
+    ):
+        host = psycopg.conninfo.conninfo_to_dict(sc.server_conninfo(Path(name)))["host"]
+        assert (host != name) == linked and len(os.fsencode(host)) <= 85
+        if linked:
+            assert os.readlink(host) == name
+
+
+async def test_a_server_that_does_not_end_is_no_bug(collectors, tmp_path):
+    running = await connected(collectors, tmp_path)
+    (server,) = servers(tmp_path)
+    server.suspend()
+    try:
+        status, took = await running.stop()
+    finally:
+        server.resume()
+    assert status == 0 and took < 4 and "stopped, 0 rows" in running.log
+    await wait_for(lambda: servers(tmp_path) == [])
+
+
+async def test_check_makes_no_file_that_was_not_there(collectors, tmp_path):
+    running = await connected(collectors, tmp_path)
+    await running.stop()
+    for path in tmp_path.glob("data/outbox*"):
+        path.unlink()
+    status, out = await check(running)
+    assert status == 0 and "holds 0 rows" in out and list(tmp_path.glob("data/outbox*")) == []
+
+
+async def test_the_servers_log_outlives_a_restart(collectors, tmp_path):
+    running = await connected(collectors, tmp_path)
+    before = (tmp_path / "data/postgres/log").read_bytes()
+    await running.stop()
+    await (await running.again()).ready()
+    assert before and (tmp_path / "data/postgres/log").read_bytes().startswith(before)
+
+
+@as_root
+def test_a_folder_of_roots_is_refused(tmp_path):
+    with pytest.raises(OSError, match="PostgreSQL refuses root"):
+        sc.server_user(tmp_path)
+
+
+@as_root
+def test_ways_are_opened_only_for_a_start_and_only_those_of_others(tmp_path):
+    folder = tmp_path / "foreign" / "own" / "postgres"
+    folder.mkdir(parents=True)
+    sc.server_user(folder.with_name("none"))  # makes pgserver
+    uid = pwd.getpwnam("pgserver").pw_uid
+    for path in (folder, folder.parent):
+        os.chown(path, uid, uid)
+    for path in (folder.parent, folder.parent.parent):
+        path.chmod(0o700)
+    for open_ways, mode in ((False, 0o700), (True, 0o701)):
+        sc.server_user(folder, open_ways=open_ways)
+        ways = (folder.parent.parent, folder.parent)
+        assert [path.stat().st_mode & 0o777 for path in ways] == [mode, 0o700]

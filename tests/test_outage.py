@@ -504,3 +504,29 @@ async def test_a_resolver_that_hangs_does_not_hold_up_a_stop(collectors, tmp_pat
         await peer.send(minute_frame())
         status, took = await running.stop()
     assert status == 0 and took < 3 and rows_on_disk(tmp_path) == 1
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+async def test_a_stop_writes_what_is_in_hand_though_the_database_takes_a_moment(
+    collectors, database, tmp_path, embedded
+):
+    running = await collectors(tmp_path, **({} if embedded else {"DATABASE_URL": database})).ready()
+    await running.stop()
+    with_broken(
+        running,
+        "import asyncio\n"
+        "real = sc.write_rows\n"
+        "async def write_rows(*arguments):\n"
+        "    await asyncio.sleep(0.2)\n"
+        "    return await real(*arguments)\n"
+        "sc.write_rows = write_rows\n",
+    )
+    await (await running.again()).ready()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame("one"))
+        await wait_for(lambda: "rows waiting: 1" in running.get()[1])
+        await peer.send(minute_frame("two"))  # behind a batch in flight
+        await (await peer.websocket.ping())
+    status, took = await running.stop()
+    assert status == 0 and took < 3 and running.log.count("stopped, 0 rows wait on disk, 0 are lost") == 2
+    assert "has ended" not in running.log

@@ -1,6 +1,7 @@
 """Rows on their way: in order, bounded, on disk when they do not get on, safe from torn and damaged files."""
 
 import asyncio
+import os
 import shutil
 import sqlite3
 import time
@@ -290,3 +291,84 @@ def test_the_spool_of_a_killed_version_before_is_taken_over_with_its_log(new, tm
         shutil.copy(made / f"spool.sqlite3{end}", tmp_path)
     spool.close()
     assert drain(new(rows=ROWS[20:30]), 7) == ROWS[:30]
+
+
+@pytest.mark.parametrize("limit", [4, 1000])
+def test_rows_of_a_batch_in_flight_that_are_dropped_are_not_counted_twice(new, monkeypatch, limit):
+    # A disk that is full for a moment: of six rows in flight four are dropped, the others go to disk with the rest.
+    monkeypatch.setattr(sc, "MOST_IN_MEMORY", 10)
+    outbox = new(rows=ROWS[:10])
+    batch = outbox.oldest(6)
+    outbox.file.execute("PRAGMA query_only = ON")
+    fill(outbox, ROWS[10:14]).save()
+    outbox.file.execute("PRAGMA query_only = OFF")
+    outbox.save()
+    outbox.remove(*batch)
+    assert outbox.dropped == 4 and drain(outbox, limit) == ROWS[6:14] and len(outbox) == 0
+
+
+def test_a_disk_too_full_to_delete_holds_up_nothing(new):
+    outbox = new(rows=ROWS[:10])
+    outbox.save()
+    outbox.file.execute("PRAGMA query_only = ON")
+    assert drain(outbox, 4) == ROWS[:10]
+    assert drain(fill(outbox, ROWS[10:12])) == ROWS[10:12]
+    outbox.file.execute("PRAGMA query_only = OFF")
+    fill(outbox, ROWS[12:14]).save()
+    assert drain(outbox) == ROWS[12:14]
+
+
+def test_a_disk_that_is_full_for_the_second_time_is_told_again(new, caplog):
+    outbox = new(rows=ROWS[:10])
+    for n in range(2):
+        outbox.file.execute("PRAGMA query_only = ON")
+        fill(outbox, ROWS[:1]).save()
+        outbox.save()
+        assert len(caplog.messages) == n + 1
+        outbox.file.execute("PRAGMA query_only = OFF")
+        outbox.save()
+
+
+def test_the_log_of_a_damaged_file_is_set_aside_with_it(new, tmp_path, caplog):
+    outbox = new(rows=ROWS)
+    outbox.save()
+    outbox.file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    fill(outbox, ROWS[:1]).save()
+    wal = outbox.path.with_name("outbox.sqlite3-wal")
+    log = wal.read_bytes()  # of the last pages only
+    close(outbox)
+    os.truncate(outbox.path, outbox.path.stat().st_size // 2)
+    wal.write_bytes(log)  # as kill -9 leaves it
+    after = new(rows=ROWS[:5])
+    assert drain(after) == ROWS[:5] and len(caplog.messages) == 1 and "damaged" in caplog.text
+    assert len([*tmp_path.glob("*.damaged-*-wal")]) == 1
+
+
+def test_an_old_spool_takes_no_outboxs_place(new, tmp_path):
+    outbox = new(rows=ROWS[:5])
+    outbox.save()
+    close(outbox)
+    old_spool(tmp_path, ROWS[20:30])
+    assert drain(new()) == ROWS[:5] and (tmp_path / "spool.sqlite3").exists()
+
+
+def test_what_is_saved_is_flushed(new):
+    assert new().file.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+def test_a_folder_in_a_folder_is_made(new, tmp_path):
+    assert drain(new(tmp_path / "a" / "b", rows=ROWS[:5])) == ROWS[:5]
+
+
+async def test_rows_beyond_memorys_bound_go_to_disk_though_others_get_on(make, monkeypatch):
+    monkeypatch.setattr(sc, "MOST_IN_MEMORY", 10)
+    collector = make()
+    collector.outbox.claim()
+    for n in range(11):
+        collector.outbox.append(ROWS[n])
+    collector.outbox.step_time = float("inf")  # a drain that moves on
+    house = asyncio.create_task(sc.keep_house(collector))
+    await wait_for(lambda: collector.outbox.saved == 11, 3)
+    assert not collector.outbox.memory and collector.outbox.dropped == 0
+    house.cancel()
+    collector.outbox.file.close()

@@ -258,3 +258,12 @@ async def test_no_text_does_more_than_raise_a_value_error(make, text):
     except ValueError:
         pass
     assert not taken(collector)
+
+
+async def test_an_empty_answer_and_a_request_are_normal_and_an_event_is_no_reading(make):
+    collector = make()
+    feed(collector, {"id": 1, "src": DEVICE, "dst": "collector", "result": {}}, NOON)
+    feed(collector, {"id": 1, "src": DEVICE, "method": "Shelly.GetDeviceInfo"}, NOON)
+    feed(collector, notify({"switch:0": WHOLE}, method="NotifyEvent"), NOON)
+    feed(collector, notify({"switch:0": WHOLE}) | {"result": {"switch:1": WHOLE}}, NOON)
+    assert [r.channel for r in taken(collector)] == ["switch:0"]

@@ -175,3 +175,13 @@ async def test_help_explains_the_program(tmp_path):
 async def test_check_without_a_database_makes_none(tmp_path):
     status, out, err = await run(tmp_path, "--check")
     assert status == 0 and "There is no database yet" in out and err == "" and list(tmp_path.iterdir()) == []
+
+
+def test_a_keyword_string_may_hold_anything_in_its_password():
+    url = "host=x password=a://b@c@d/e dbname=y"
+    assert settings(DATABASE_URL=url).database_url == url
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_an_address_of_all_is_none_to_paste(host):
+    assert f"//{host}" not in (url := sc.device_url(settings(HOST=host), "")) and f"[{host}]" not in url

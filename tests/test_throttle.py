@@ -249,3 +249,18 @@ async def test_the_queue_in_memory_is_bounded_and_each_time_it_overflows_the_log
         assert times(collector) == [60 * n for n in range(15, 25)]
         collector.outbox.save()
     assert collector.outbox.dropped == 31
+
+
+async def test_complaints_of_minutes_past_are_forgotten(make, monkeypatch):
+    collector, clock = make(), 1000.0
+    monkeypatch.setattr(sc.time, "monotonic", lambda: clock)
+    for n in range(5):
+        assert sc.complain(collector, f"d{n}", "x")
+        clock += 61
+    assert sum(map(len, collector.complaints.values())) == 1
+
+
+async def test_a_meter_that_says_null_only_is_not_known(make):
+    collector = make()
+    assert not feed(collector, notify({"switch:0": {"apower": None, "errors": ["power_meter_failure"]}}), NOON)
+    assert not collector.channels
