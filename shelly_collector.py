@@ -881,7 +881,7 @@ def main() -> int:
         print("usage: shelly_collector.py [--check: show settings, rows and the device's URL]; see also .env.example")
         return 0 if {"-h", "--help"} & {*arguments} else 2
     try:
-        with open(".env" if Path(".env").exists() else os.devnull, encoding="utf-8", errors="replace") as file:
+        with open(".env" if Path(".env").exists() else os.devnull, encoding="utf-8-sig", errors="replace") as file:
             said = [*parse_stream(file)]
         if wrong := [part.original.line for part in said if part.error or "\ufffd" in part.original.string]:
             raise ValueError(f".env cannot be read, line {wrong[0]}: a quote that is not closed, no =, or no UTF-8")

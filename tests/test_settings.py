@@ -141,7 +141,7 @@ def test_the_example_file_shows_every_setting_with_its_default():
 
 async def test_env_file_counts_and_the_environment_wins(tmp_path):
     (tmp_path / ".env").write_text(
-        "CHANNELS=1,3\nMIN_POWER_W=12.5\nDATA_DIR=a${HOME}b\nDATABASE_URL=postgresql://u:pa$$w0rd@127.0.0.1:1/x\n"
+        "\ufeffCHANNELS=1,3\nMIN_POWER_W=12.5\nDATA_DIR=a${HOME}b\nDATABASE_URL=postgresql://u:pa$$w0rd@127.0.0.1:1/x\n"
     )
     status, out, err = await run(tmp_path, "--check", MIN_POWER_W="99")
     assert status == 1 and "1,3" in out and "99" in out and "12.5" not in out and "Traceback" not in err
