@@ -500,7 +500,8 @@ async def test_an_idle_writer_sleeps(writer):
     assert len(calls) <= 1
 
 
-async def test_a_batch_is_never_larger_than_the_largest(writer, database, monkeypatch):
+@pytest.mark.parametrize(("rows", "nth", "batch", "most"), [(100, 100, 10, 30), (320, 2, 1000, 400)])
+async def test_refused_rows_cost_few_statements(writer, database, monkeypatch, rows, nth, batch, most):
     real, calls = sc.write_rows, []
 
     async def counted(collector, pool, rows):
@@ -510,23 +511,10 @@ async def test_a_batch_is_never_larger_than_the_largest(writer, database, monkey
     await prepare(database)
     execute(database, "ALTER TABLE power_logs ADD CONSTRAINT my_rule CHECK (apower_w <> 666)")
     monkeypatch.setattr(sc, "write_rows", counted)
-    monkeypatch.setattr(sc, "BATCH", 10)
-    assert await writer([row(n, apower=666.0 if n == 3 else 1.0) for n in range(100)]) == 99
-    assert max(calls) == 10 and len(calls) < 30  # it narrows, and widens again
-
-
-async def test_many_refused_rows_cost_few_statements(writer, database, monkeypatch):
-    real, calls = sc.write_rows, []
-
-    async def counted(collector, pool, rows):
-        calls.append(len(rows))
-        return await real(collector, pool, rows)
-
-    await prepare(database)
-    execute(database, "ALTER TABLE power_logs ADD CONSTRAINT my_rule CHECK (apower_w <> 666)")
-    monkeypatch.setattr(sc, "write_rows", counted)
-    assert await writer([row(n, apower=666.0 if n % 2 else 1.0) for n in range(320)]) == 160
-    assert len(calls) < 400, len(calls)
+    monkeypatch.setattr(sc, "BATCH", batch)
+    sent = [row(n, apower=666.0 if n % nth == 1 else 1.0) for n in range(rows)]
+    assert await writer(sent) == sum(one.apower_w == 1 for one in sent)
+    assert max(calls) <= batch and len(calls) < most  # it narrows, and widens again
 
 
 async def test_the_pool_of_an_outage_is_closed(writer, database):
