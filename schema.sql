@@ -101,9 +101,253 @@ LANGUAGE sql STABLE AS $$
     FROM newest n LEFT JOIN channel_names c USING (device_id, channel)
     ORDER BY n.device_id, n.channel
 $$;
-COMMENT ON FUNCTION newest_rows() IS 'The newest row of each channel: device_id, channel, name (as in channel_names), timestamp (start of its interval), apower_w (W), energy_total_wh (the counter, Wh)';
+
+-- The questions. Each is one STABLE SELECT, so that PostgreSQL inlines it and reads only the device that WHERE names; a
+-- subquery as an argument would stop that. The comment on each function says what its columns mean.
+
+-- Wh that a counter rose from one row to the next. A fall below 0.9 of the value is a reset, and what it shows since then
+-- counts; a smaller fall (the last digits, lost in a reboot) is none; faster than 100 kW is a counter that came back.
+CREATE OR REPLACE FUNCTION counter_rise(wh FLOAT, next_wh FLOAT, seconds FLOAT)
+RETURNS FLOAT LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN next_wh >= wh AND next_wh - wh <= 100000 * seconds / 3600 THEN next_wh - wh
+                WHEN next_wh < wh * 0.9 AND next_wh BETWEEN 0 AND 100000 * seconds / 3600 THEN next_wh
+                ELSE 0 END
+$$;
+
+-- Reads a little more than the window, to know what a run at its edge does beyond it. Rows up to `reach` apart are one run.
+-- A row stands for `seconds`, until the next one if that is within reach; `share` is the part of it in the window.
+CREATE OR REPLACE FUNCTION power_cycles(
+    since TIMESTAMPTZ DEFAULT now() - INTERVAL '45 days', until TIMESTAMPTZ DEFAULT now(),
+    gap INTERVAL DEFAULT '3 minutes', min_duration INTERVAL DEFAULT '2 minutes', min_power_w FLOAT DEFAULT 10,
+    row_length INTERVAL DEFAULT '1 minute')
+RETURNS TABLE (device_id TEXT, channel TEXT, started_at TIMESTAMPTZ, ended_at TIMESTAMPTZ, ongoing BOOLEAN,
+               complete BOOLEAN, energy_wh FLOAT, mean_w FLOAT, max_w FLOAT, mean_a FLOAT, median_v FLOAT)
+LANGUAGE sql STABLE AS $$
+    WITH readings AS (
+        SELECT p.device_id, p.channel, p.timestamp AS at, p.apower_w, p.voltage_v, p.current_a, p.energy_total_wh AS wh,
+               date_part('epoch', lead(p.timestamp) OVER w - p.timestamp) AS distance, lead(p.energy_total_wh) OVER w AS next_wh,
+               date_part('epoch', greatest(gap, row_length * 1.5)) AS reach, date_part('epoch', row_length) AS row_s
+        FROM power_logs p
+        WHERE p.timestamp > since - (min_duration + greatest(gap, row_length * 1.5))
+          AND p.timestamp < until + (min_duration + 2 * greatest(gap, row_length * 1.5))
+        WINDOW w AS (PARTITION BY p.device_id, p.channel ORDER BY p.timestamp)
+    ), running AS (
+        SELECT r.*, abs(r.apower_w) > min_power_w AS loaded, r.distance <= r.reach AS near,
+               CASE WHEN r.distance <= r.reach THEN r.distance ELSE r.row_s END AS seconds,
+               CASE WHEN r.distance IS NOT NULL THEN counter_rise(r.wh, r.next_wh, r.distance) END AS rise,
+               lag(r.at) OVER (PARTITION BY r.device_id, r.channel ORDER BY r.at) AS before
+        FROM readings r
+        WHERE abs(r.apower_w) > min_power_w OR r.distance <= r.reach
+              AND counter_rise(r.wh, r.next_wh, r.distance) > min_power_w * r.distance / 3600
+    ), numbered AS (
+        SELECT r.*, count(*) FILTER (WHERE r.before IS NULL OR date_part('epoch', r.at - r.before) > r.reach)
+                        OVER (PARTITION BY r.device_id, r.channel ORDER BY r.at) AS number,
+               CASE WHEN r.at >= since AND r.at < until - greatest(gap, row_length * 1.5) THEN 1
+                    ELSE greatest(0, date_part('epoch', least(r.at + make_interval(secs => r.seconds), until) - greatest(r.at, since))
+                                     / greatest(r.seconds, 0.001)) END AS share,  -- an old table may hold doubles
+               CASE WHEN r.loaded THEN r.apower_w ELSE r.rise * 3600 / r.seconds END AS mean_w
+        FROM running r
+    ), runs AS (
+        SELECT n.device_id, n.channel, min(n.at) AS begins, max(n.at) + row_length AS ends,
+               sum(n.share * CASE WHEN n.near THEN n.rise ELSE least(n.rise, greatest(n.apower_w, 0) * n.seconds / 3600) END) AS energy_wh,
+               sum(n.share * n.seconds * n.mean_w) / nullif(sum(n.share * n.seconds), 0) AS mean_w,
+               sum(n.share * n.seconds * n.current_a) / nullif(sum(n.share * n.seconds), 0) AS mean_a,
+               max(n.mean_w) FILTER (WHERE n.share > 0) AS highest_w, min(n.mean_w) FILTER (WHERE n.share > 0) AS lowest_w,
+               percentile_cont(0.5) WITHIN GROUP (ORDER BY n.voltage_v) FILTER (WHERE n.share > 0 AND n.voltage_v <> 0) AS median_v
+        FROM numbered n GROUP BY n.device_id, n.channel, n.number HAVING sum(n.share) > 0
+    )
+    SELECT r.device_id::text, r.channel::text, greatest(r.begins, since), least(r.ends, until), r.ends >= now() - gap,
+           r.begins > since AND r.ends < until, r.energy_wh, r.mean_w,
+           CASE WHEN r.highest_w >= -r.lowest_w THEN r.highest_w ELSE r.lowest_w END, r.mean_a, r.median_v
+    FROM runs r WHERE r.ends > since AND (r.ends - r.begins >= min_duration OR r.ends >= now() - gap)
+$$;
+
+-- By quarters of an hour first: every zone's days begin at one, and so few times have to be converted.
+CREATE OR REPLACE FUNCTION energy_by_day(
+    since TIMESTAMPTZ DEFAULT now() - INTERVAL '45 days', until TIMESTAMPTZ DEFAULT now(),
+    zone TEXT DEFAULT current_setting('TimeZone'))
+RETURNS TABLE (device_id TEXT, channel TEXT, day DATE, energy_wh FLOAT, rows BIGINT)
+LANGUAGE sql STABLE AS $$
+    WITH readings AS (
+        SELECT p.device_id, p.channel, p.timestamp AS at, p.energy_total_wh AS wh,
+               lead(p.timestamp) OVER w AS next_at, lead(p.energy_total_wh) OVER w AS next_wh
+        FROM power_logs p WHERE p.timestamp >= since AND p.timestamp < until + INTERVAL '1 day'
+        WINDOW w AS (PARTITION BY p.device_id, p.channel ORDER BY p.timestamp)
+    ), quarters AS (
+        SELECT r.device_id, r.channel, date_bin('15 minutes', r.at, TIMESTAMPTZ 'epoch') AS quarter, count(*) AS rows,
+               sum(counter_rise(r.wh, r.next_wh, date_part('epoch', r.next_at - r.at))) AS energy_wh
+        FROM readings r WHERE r.at < until GROUP BY 1, 2, 3
+    )
+    SELECT q.device_id::text, q.channel::text, (q.quarter AT TIME ZONE zone)::date, sum(q.energy_wh), sum(q.rows)::bigint
+    FROM quarters q GROUP BY q.device_id, q.channel, (q.quarter AT TIME ZONE zone)::date
+$$;
+
+CREATE OR REPLACE FUNCTION coverage(
+    since TIMESTAMPTZ DEFAULT now() - INTERVAL '45 days', until TIMESTAMPTZ DEFAULT now(),
+    row_length INTERVAL DEFAULT '1 minute', min_power_w FLOAT DEFAULT NULL)
+RETURNS TABLE (device_id TEXT, channel TEXT, first_row TIMESTAMPTZ, last_row TIMESTAMPTZ, rows BIGINT, missing BIGINT,
+               longest_gap INTERVAL, resets BIGINT)
+LANGUAGE sql STABLE AS $$
+    WITH readings AS (
+        SELECT p.device_id, p.channel, p.timestamp AS at, p.apower_w, p.energy_total_wh AS wh,
+               lead(p.timestamp) OVER w AS next_at, lead(p.energy_total_wh) OVER w AS next_wh
+        FROM power_logs p WHERE p.timestamp >= since AND p.timestamp < until
+        WINDOW w AS (PARTITION BY p.device_id, p.channel ORDER BY p.timestamp)
+    ), gaps AS (
+        SELECT r.*, CASE WHEN r.next_at - r.at > row_length * 1.5 AND (abs(r.apower_w) <= min_power_w) IS NOT TRUE
+                         THEN r.next_at - r.at - row_length END AS gap
+        FROM readings r
+    )
+    SELECT g.device_id::text, g.channel::text, min(g.at), max(g.at), count(*),
+           coalesce(sum(round(date_part('epoch', g.gap) / date_part('epoch', row_length))), 0)::bigint,
+           coalesce(max(g.gap), INTERVAL '0'), count(*) FILTER (WHERE g.next_wh < g.wh * 0.9)
+    FROM gaps g GROUP BY g.device_id, g.channel
+$$;
+
+-- Buckets begin at round times, so that a chart does not change when it is asked again a minute later.
+CREATE OR REPLACE FUNCTION power_series(
+    since TIMESTAMPTZ DEFAULT now() - INTERVAL '45 days', until TIMESTAMPTZ DEFAULT now(), step INTERVAL DEFAULT NULL)
+RETURNS TABLE (device_id TEXT, channel TEXT, bucket TIMESTAMPTZ, mean_w FLOAT, max_w FLOAT, rows BIGINT)
+LANGUAGE sql STABLE AS $$
+    SELECT p.device_id::text, p.channel::text, p.bucket, avg(p.apower_w), max(p.apower_w), count(*)
+    FROM (
+        SELECT p.device_id, p.channel, p.apower_w, date_bin(chosen.width, p.timestamp, TIMESTAMPTZ 'epoch') AS bucket
+        FROM power_logs p, (
+            SELECT coalesce(step, min(rounded.width), (until - since) / 1000) AS width
+            FROM unnest('{1 s,5 s,15 s,1 min,2 min,5 min,10 min,15 min,30 min,1 h,2 h,3 h,6 h,12 h,1 d,2 d,7 d}'::interval[])
+                 AS rounded (width) WHERE rounded.width * 1499 >= until - since) chosen
+        WHERE p.timestamp >= since AND p.timestamp < until) p
+    GROUP BY p.device_id, p.channel, p.bucket
+$$;
+
+CREATE OR REPLACE FUNCTION channels()
+RETURNS TABLE (device_id TEXT, channel TEXT, name TEXT, "timestamp" TIMESTAMPTZ, apower_w FLOAT, energy_total_wh FLOAT,
+               device_name TEXT)
+LANGUAGE sql STABLE AS $$
+    SELECT n.device_id, n.channel, n.name, n.timestamp, n.apower_w, n.energy_total_wh, coalesce(d.name, d.device_says)
+    FROM newest_rows() n LEFT JOIN channel_names d ON d.device_id = n.device_id AND d.channel = ''
+$$;
+
+DO $$
+DECLARE
+    part RECORD;
+BEGIN
+    FOR part IN VALUES
+        ('power_cycles', 'Runs of each device_id and channel that touch the window: started_at, ended_at (end of the last row that runs), clipped at the window; ongoing: its end is within gap of now; complete: it touches no edge of the window; energy_wh: by the counter, Wh; mean_w and mean_a: mean apower (W) and current (A) while it runs, by time; max_w: the largest of its readings in magnitude, W; median_v: V, NULL if never reported. A row runs above min_power_w (either sign), or if the counter rises by more than that until the next one; rows up to gap apart are one run; shorter than min_duration is noise, unless ongoing; a row stands for row_length'),
+        ('energy_by_day', 'For each device_id, channel and local day of zone: energy_wh, what the counter rose from each of its rows to the next, Wh (resets and lost digits are seen to); rows: how many it has. A day without rows is absent'),
+        ('coverage', 'For each device_id and channel with rows in the window: first_row, last_row; rows; missing: how many rows of row_length are not there between the two; longest_gap; resets of the counter. With min_power_w (rows are kept only while something runs) a gap after a row at or below it is "off", not missing'),
+        ('power_series', 'For charts: device_id, channel, bucket (its start, a round time of UTC), mean_w and max_w (mean and maximum of apower in it, W), rows in it. A bucket without rows is absent. Without step: one that gives at most 1,500 buckets'),
+        ('newest_rows', 'The newest row of each channel: device_id, channel, name (as in channel_names), timestamp (start of its interval), apower_w (W), energy_total_wh (the counter, Wh)'),
+        ('channels', 'As newest_rows: device_id, channel, name, timestamp, apower_w, energy_total_wh; and device_name, that of the device')
+    LOOP
+        EXECUTE format('COMMENT ON FUNCTION %s IS %L', to_regproc(part.column1)::oid::regprocedure, part.column2);
+    END LOOP;
+END $$;
+
+-- What the collector's /data hands on: the rows of a function as one JSON or CSV text. `given` are an owner's parameters,
+-- `in_force` those of the settings. They reach the query as values, never as text; one that makes no sense is named.
+CREATE OR REPLACE FUNCTION power_answer(question TEXT, form TEXT, given JSONB, in_force JSONB)
+RETURNS TEXT LANGUAGE plpgsql STABLE SET TimeZone = 'UTC' SET DateStyle = 'ISO, YMD' SET work_mem = '32MB' SET jit = off
+SET max_parallel_workers_per_gather = 0 AS $$
+DECLARE
+    names CONSTANT TEXT[] := '{since,until,step,gap,min_duration,min_power_w,row_length,zone,device,channel,excel}';
+    asked CONSTANT TEXT := CASE question
+        WHEN 'channels' THEN 'channels()'
+        WHEN 'power' THEN 'power_series($1, $2, $3)'
+        WHEN 'cycles' THEN 'power_cycles($1, $2, $4, $5, $6, $7)'
+        WHEN 'energy' THEN 'energy_by_day($1, $2, $8)'
+        WHEN 'coverage' THEN 'coverage($1, $2, $7, $6)' END;
+    -- What must be true of a parameter $1. PostgreSQL passes over a quote in a time, so there may be none.
+    sober CONSTANT TEXT := '$1 !~ ''[^-+:.,/ \w]'' AND ';
+    moment CONSTANT TEXT := sober || '$1::timestamptz BETWEEN ''0001-01-01'' AND ''9999-12-31''';
+    span CONSTANT TEXT := sober || '$1::interval BETWEEN ''0'' AND ''100 years''';
+    length CONSTANT TEXT := sober || 'date_bin($1::interval, now(), now()) IS NOT NULL';
+    most CONSTANT INT := 100000;  -- rows, 15 MB: the collector holds the answer whole
+    comma CONSTANT BOOLEAN := form = 'csv' AND given ->> 'excel' = '1';
+    separator CONSTANT TEXT := CASE WHEN comma THEN ';' ELSE ',' END;
+    v RECORD;
+    parameter RECORD;
+    makes_sense BOOLEAN;
+    head TEXT;
+    line TEXT;
+    rows BIGINT;
+    answer TEXT;
+BEGIN
+    FOR parameter IN
+        SELECT g.key, g.value, s.sense FROM jsonb_each_text(given) g LEFT JOIN (VALUES
+            ('since', moment), ('until', moment), ('gap', span), ('min_duration', span), ('step', length), ('row_length', length),
+            ('min_power_w', '$1::float8 BETWEEN 0 AND 1e9'),
+            ('zone', 'now() AT TIME ZONE $1 IS NOT NULL'),
+            ('device', 'true'), ('channel', 'true'), ('excel', '$1 IN (''0'', ''1'')')) s (key, sense) USING (key)
+    LOOP
+        IF parameter.sense IS NULL OR parameter.key = 'excel' AND form <> 'csv'
+           OR parameter.key NOT IN ('device', 'channel', 'zone', 'excel')
+              AND strpos(asked, '$' || array_position(names, parameter.key)) = 0 THEN
+            RAISE invalid_parameter_value USING MESSAGE = format('%s is no parameter of %s.%s', parameter.key, question, form);
+        END IF;
+        BEGIN
+            EXECUTE 'SELECT ' || parameter.sense INTO makes_sense USING parameter.value;
+        EXCEPTION WHEN data_exception OR feature_not_supported THEN
+            makes_sense := false;
+        END;
+        IF makes_sense IS NOT TRUE THEN
+            RAISE invalid_parameter_value USING MESSAGE = format('%s makes no sense: %L', parameter.key, left(parameter.value, 80));
+        END IF;
+    END LOOP;
+    SELECT * INTO v FROM jsonb_to_record(jsonb_build_object(
+        'since', now() - (in_force ->> 'days')::int * INTERVAL '1 day', 'until', now(), 'zone', 'UTC',
+        'gap', in_force -> 'gap_s', 'min_duration', in_force -> 'min_duration_s', 'row_length', in_force -> 'row_length_s',
+        'min_power_w', in_force -> CASE question WHEN 'coverage' THEN 'kept_above_w' ELSE 'floor_w' END) || given) AS p (since TIMESTAMPTZ, until TIMESTAMPTZ, step INTERVAL,
+        gap INTERVAL, min_duration INTERVAL, min_power_w FLOAT, row_length INTERVAL, zone TEXT, device TEXT, channel TEXT);
+
+    -- The columns are the function's own; their types say how they are written.
+    SELECT string_agg(c.name, separator ORDER BY c.number), string_agg(CASE
+        WHEN form = 'json' THEN format(CASE c.type WHEN 'interval'::regtype THEN 'date_part(''epoch'', r.%1$I) AS %1$I' ELSE 'r.%I' END, c.name)
+        ELSE format('coalesce((' || CASE
+            WHEN c.type = 'text'::regtype THEN $f$'"' || CASE WHEN r.%1$I ~ '^[-=+@[:cntrl:]]' THEN '''' ELSE '' END || replace(r.%1$I, '"', '""') || '"'$f$
+            WHEN c.type = 'timestamptz'::regtype AND comma THEN $f$to_char(r.%I AT TIME ZONE $8, 'YYYY-MM-DD HH24:MI:SS')$f$
+            WHEN c.type = 'interval'::regtype THEN 'date_part(''epoch'', r.%I)'
+            WHEN c.type = 'float8'::regtype AND comma THEN $f$translate(trim_scale(round(r.%I::numeric, 3))::text, '.', ',')$f$
+            WHEN c.type = 'float8'::regtype THEN 'trim_scale(round(r.%I::numeric, 3))'
+            ELSE 'r.%I' END || ')::text, '''')', c.name) END, ', ' ORDER BY c.number)
+    INTO head, line
+    FROM pg_proc f, unnest(f.proargnames, f.proallargtypes, f.proargmodes) WITH ORDINALITY AS c (name, type, mode, number)
+    WHERE f.oid = to_regproc(split_part(asked, '(', 1)) AND c.mode = 't';
+    EXECUTE format('SELECT count(*), %s FROM (SELECT %s FROM (SELECT * FROM %s r
+                    WHERE ($9 IS NULL OR r.device_id = $9) AND ($10 IS NULL OR r.channel = $10) ORDER BY 1, 2, 3 LIMIT %s) r) line',
+        CASE form WHEN 'json' THEN 'json_agg(line)' ELSE 'string_agg(line.text, '''')' END,
+        CASE form WHEN 'json' THEN line ELSE format('concat_ws(%L, %s) || E''\r\n'' AS text', separator, line) END, asked, most + 1)
+    INTO rows, answer
+    USING v.since, v.until, v.step, v.gap, v.min_duration, v.min_power_w, v.row_length, v.zone, v.device, v.channel;
+    IF rows > most THEN
+        RAISE program_limit_exceeded USING MESSAGE = 'The answer is too large: ask for a shorter time, for one device, or for longer steps.';
+    END IF;
+    IF form = 'json' THEN
+        RETURN coalesce(answer, '[]');
+    ELSIF comma THEN
+        head := convert_from('\xEFBBBF', 'UTF8') || head;  -- not every encoding has it
+    END IF;
+    RETURN head || E'\r\n' || coalesce(answer, '');
+END
+$$;
+
+-- What the collector does beside writing rows: the names that a device has for itself ('') and its channels,
+CREATE OR REPLACE FUNCTION note_names(device TEXT, channels TEXT[], names TEXT[]) RETURNS VOID LANGUAGE sql AS $$
+    INSERT INTO channel_names AS known (device_id, channel, device_says)
+    SELECT device, said.* FROM unnest(channels, names) said
+    ON CONFLICT (device_id, channel) DO UPDATE SET device_says = excluded.device_says
+    WHERE known.device_says IS DISTINCT FROM excluded.device_says
+$$;
+
+-- and RETENTION_DAYS: some of the oldest rows go, but none if all are too old, as then the clock is wrong.
+CREATE OR REPLACE FUNCTION forget_rows(days INT) RETURNS VOID LANGUAGE sql AS $$
+    DELETE FROM power_logs WHERE (device_id, channel, timestamp) IN (
+        SELECT p.device_id, p.channel, p.timestamp FROM power_logs p WHERE p.timestamp < now() - days * INTERVAL '1 day'
+        ORDER BY p.timestamp LIMIT 5000)
+    AND EXISTS (SELECT FROM power_logs p WHERE p.timestamp >= now() - days * INTERVAL '1 day')
+$$;
 
 -- The number of this file. The collector applies it where the database holds a lower one: raise it with each change.
-CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 2';
+CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 3';
 
 COMMIT;

@@ -454,7 +454,7 @@ SELECT to_timestamp(t), d, c, p, v, a, e FROM unnest(%s::float8[], %s::text[], %
                                                      %s::float8[], %s::float8[]) AS reading (t, d, c, p, v, a, e)"""
 # Named, as only this conflict is no error: an id given twice, after a careless import, must not swallow a row.
 INSERT_ONCE = INSERT + " ON CONFLICT (device_id, channel, timestamp) DO NOTHING"
-SCHEMA_VERSION = 2  # as schema.sql says at its end
+SCHEMA_VERSION = 3  # as schema.sql says at its end
 LOOK_AT_SCHEMA = r"""SELECT to_regclass('power_logs') IS NOT NULL, %s <= (
     SELECT substring(prosrc FROM '\d+')::int FROM pg_proc WHERE oid = to_regprocedure('power_logs_version()'))"""
 # Else the encoding is the database's own, which cannot write every name. A dead network shows after a minute.

@@ -1,0 +1,543 @@
+"""The questions of schema.sql, against a real PostgreSQL: written from the contract, beside the SQL and not after it."""
+
+import itertools
+import os
+import random
+import re
+from datetime import UTC, date, datetime, timedelta
+from zoneinfo import ZoneInfo
+
+import psycopg
+import pytest
+from conftest import NUMBERS, ROOT
+
+NOON = datetime(2026, 11, 3, 12, tzinfo=UTC)
+MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
+WIDE = {"since": NOON - DAY, "until": NOON + 2 * DAY}
+COLUMNS = "timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh"
+ORDER = {"power_cycles": "started_at", "energy_by_day": "day", "coverage": "first_row", "power_series": "bucket"}
+QUESTIONS = {
+    "power_cycles": ("since until gap min_duration min_power_w row_length",
+        "device_id channel started_at ended_at ongoing complete energy_wh mean_w max_w mean_a median_v"),
+    "energy_by_day": ("since until zone", "device_id channel day energy_wh rows"),
+    "coverage": ("since until row_length min_power_w", "device_id channel first_row last_row rows missing longest_gap resets"),
+    "power_series": ("since until step", "device_id channel bucket mean_w max_w rows"),
+    "newest_rows": ("", "device_id channel name timestamp apower_w energy_total_wh"),
+    "channels": ("", "device_id channel name timestamp apower_w energy_total_wh device_name"),
+}  # fmt: skip
+
+
+class Table:
+    """power_logs in a transaction that is rolled back; the first question makes it read-only."""
+
+    def __init__(self, conn):
+        self.conn = conn
+
+    def store(self, rows):
+        with self.conn.cursor().copy(f"COPY power_logs ({COLUMNS}) FROM STDIN") as copy:
+            for row in rows:
+                copy.write_row(row)
+
+    def put(self, watts, device="a", channel="switch:0", start=NOON, every=60, wh=1000.0, **given):
+        """A row each `every` seconds; the counter rises by the power, or is given. (5,): 5 W, but the row is lost."""
+        rows = []
+        for n, power in enumerate(watts):
+            watt = power[0] if isinstance(power, tuple) else power
+            if watt is power:
+                others = ("volts", 230), ("amps", 1), ("counter", wh)
+                values = [given[name][n] if name in given else other for name, other in others]
+                rows.append((start + n * timedelta(seconds=every), device, channel, watt, *values))
+            wh += max(watt, 0) * every / 3600
+        self.store(rows)
+
+    def ask(self, question, columns="*", **given):
+        arguments = ", ".join(f"{name} => %({name})s" for name in given)
+        order = ", ".join(["device_id", "channel", *ORDER.get(question, "").split()])
+        self.conn.execute("SET LOCAL transaction_read_only = on")
+        return self.conn.execute(f"SELECT {columns} FROM {question}({arguments}) ORDER BY {order}", given).fetchall()
+
+    def runs(self, *more, **given):
+        """(first minute, last minute, Wh, more columns) of each run, minutes since NOON."""
+        columns = ", ".join(["started_at", "ended_at", "energy_wh", *more])
+        found = self.ask("power_cycles", columns, **(WIDE | given))
+        return [((began - NOON) / MINUTE, (ended - NOON) / MINUTE, *rest) for began, ended, *rest in found]
+
+    def now(self):
+        return self.conn.execute("SELECT date_trunc('minute', now())").fetchone()[0]
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    """One database for all tests of a process, with the schema."""
+    name = f"answers_{os.getpid()}_{next(NUMBERS)}"
+    with psycopg.connect(os.environ["TEST_DATABASE_URL"], autocommit=True) as conn:
+        conn.execute(f"CREATE DATABASE {name}")
+        url = psycopg.conninfo.make_conninfo(os.environ["TEST_DATABASE_URL"], dbname=name)
+        with psycopg.connect(url, autocommit=True) as own:
+            own.execute((ROOT / "schema.sql").read_bytes())
+        yield url
+        conn.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def table(prepared):
+    with psycopg.connect(prepared, options="-c timezone=UTC") as conn:
+        yield Table(conn)
+        conn.rollback()
+
+
+def lost(count, watts=0):
+    return [(watts,)] * count
+
+
+def near(rows):
+    """The rows, their numbers about the same."""
+    return [tuple(pytest.approx(x, abs=1e-6) if type(x) in (int, float) else x for x in row) for row in rows]
+
+
+def minutes(count):
+    return timedelta(minutes=count)
+
+
+ON, OFF = [1200], [0]  # 1,200 W are 20 Wh a minute
+
+
+@pytest.mark.parametrize(
+    ("watts", "given", "expected"),
+    [(OFF * 5 + ON * 15 + OFF * 5, {}, [(5, 20, 300)]),
+     (ON * 15, {}, [(0, 15, 300)]),  # rows only while running: the last one stands for its minute
+     (ON * 15 + lost(600) + ON * 15, {}, [(0, 15, 300), (615, 630, 300)]),
+     (ON * 15 + lost(600, 3) + ON * 15, {}, [(0, 15, 300), (615, 630, 300)]),  # standby that nobody stored
+     # gaps
+     (ON * 5 + lost(2, 1200) + ON * 5 + OFF, {}, [(0, 12, 240)]),
+     (ON * 5 + lost(3, 1200) + ON * 5 + OFF, {}, [(0, 5, 100), (8, 13, 100)]),
+     (ON * 5 + lost(4, 1200) + ON * 5 + OFF, {}, [(0, 5, 100), (9, 14, 100)]),
+     (ON * 5 + lost(4, 1200) + ON * 5 + OFF, {"gap": "5 minutes"}, [(0, 14, 280)]),
+     (ON * 5 + lost(1, 1200) + ON * 5 + OFF, {"gap": "1 minute"}, [(0, 5, 100), (6, 11, 100)]),
+     (ON * 5 + OFF * 2 + ON * 5 + OFF, {}, [(0, 12, 200)]),
+     (ON * 5 + OFF * 3 + ON * 5 + OFF, {}, [(0, 5, 100), (8, 13, 100)]),
+     (ON * 5 + OFF, {"gap": "0"}, [(0, 5, 100)]),  # next to each other is one run all the same
+     # noise
+     (OFF + ON + OFF, {}, []),
+     (OFF + ON * 2 + OFF, {}, [(1, 3, 40)]),
+     (OFF + ON + OFF, {"min_duration": "1 minute"}, [(1, 2, 20)]),
+     (OFF + ON * 9 + OFF, {"min_duration": "10 minutes"}, []),
+     # the floor, which itself does not run
+     ([9] * 30, {}, []),
+     ([99] * 30, {"min_power_w": 100}, []),
+     ([11] * 30, {}, [(0, 30, 5.5)]),
+     ([3] * 5 + ON * 5 + [3] * 30 + ON * 5 + [3] * 5, {}, [(5, 10, 100), (40, 45, 100)]),
+     ([3] * 5 + ON * 5 + [3] * 5, {"min_power_w": 2}, [(0, 15, 100.5)])],
+)  # fmt: skip
+def test_what_is_one_run_and_how_much_it_took(table, watts, given, expected):
+    table.put(watts)
+    assert table.runs(**given) == near(expected)
+
+
+@pytest.mark.parametrize(
+    ("watts", "counter", "every", "given", "expected"),
+    [(OFF * 6, [0, 0, 15, 30, 30, 30], 60, {}, [(1, 3, 30)]),
+     (OFF * 3, [0, 50, 50], 300, {"row_length": "5 minutes"}, [(0, 5, 50)]),
+     (OFF * 4, [0, .1, .2, .3], 60, {}, []),  # 6 W
+     ([10] * 9, [1000] * 9, 60, {}, []),  # exactly the floor
+     ([-10] * 9, [1000] * 9, 60, {}, []),
+     (OFF + lost(2) + OFF, [0, None, None, 30], 60, {"min_duration": "1 minute"}, [(0, 1, 30)]),
+     (OFF + lost(4) + OFF, [0, *[None] * 4, 30], 60, {"min_duration": "1 minute"}, []),  # when, nobody knows
+     (OFF * 4, [1_400_000, 0, 1_400_000, 1_400_000], 60, {"min_duration": "1 minute"}, []),  # it only came back
+     (ON * 5 + OFF, [1000, 1020, 0, 20, 40, 60], 60, {}, [(0, 5, 80)]),  # set to 0
+     (ON * 5 + OFF, [1000, 1020, 1010, 1030, 1050, 1070], 60, {}, [(0, 5, 80)]),  # its last digits lost
+     (ON * 5 + OFF, [1.4e6, 1.4e6 + 20, 0, 1.4e6 + 60, 1.4e6 + 80, 1.4e6 + 100], 60, {}, [(0, 5, 60)])],
+)  # fmt: skip
+def test_what_the_counter_tells_of_a_run(table, watts, counter, every, given, expected):
+    table.put(watts, every=every, counter=counter)
+    assert table.runs(**given) == near(expected)
+
+
+@pytest.mark.parametrize(
+    ("watts", "every", "given", "expected"),
+    [(OFF + ON * 3 + OFF, 300, {}, [(5, 20, 300)]),
+     (ON * 3, 300, {}, [(0, 15, 300)]),
+     (ON * 3 + OFF, 300, {}, [(0, 15, 300)]),  # a closing row
+     (ON * 3 + lost(60, 3) + ON * 3 + OFF, 300, {}, [(0, 15, 300), (315, 330, 300)]),
+     (ON * 2 + lost(1, 1200) + ON * 2 + OFF, 300, {}, [(0, 10, 200), (15, 25, 200)]),
+     (ON * 2 + lost(1, 1200) + ON * 2 + OFF, 300, {"gap": "10 minutes"}, [(0, 25, 500)]),
+     (OFF + ON * 3 + OFF, 300, {"row_length": "1 minute"}, []),  # three single minutes
+     (OFF + ON * 3 + OFF, 300, {"row_length": "4 minutes"}, [(5, 19, 300)]),  # one and a half of them is next to each other
+     (OFF + ON * 3 + OFF, 300, {"row_length": "3 minutes"}, [(5, 8, 60), (10, 13, 60), (15, 18, 60)]),
+     (ON * 4 + OFF, 30, {"row_length": "30 seconds"}, [(0, 2, 40)])],
+)  # fmt: skip
+def test_rows_of_another_length(table, watts, every, given, expected):
+    table.put(watts, every=every)
+    assert table.runs(**({"row_length": "5 minutes"} | given)) == near(expected)
+
+
+def test_a_run_over_midnight_is_one(table):
+    table.put(OFF + ON * 30 + OFF, start=NOON + 11 * HOUR + minutes(44))
+    assert table.runs("complete") == near([(705, 735, 600, True)])
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "expected"),
+    [(-60, 60, [(0, 20, 400, True)]),
+     (-1, 21, [(0, 20, 400, True)]),
+     (5, 60, [(5, 20, 300, False)]),
+     (-60, 15, [(0, 15, 300, False)]),
+     (5, 15, [(5, 15, 200, False)]),
+     (0, 60, [(0, 20, 400, False)]),
+     (-60, 20, [(0, 20, 400, False)]),
+     (19, 60, [(19, 20, 20, False)]),  # a minute of a long run is no noise
+     (-60, 1, [(0, 1, 20, False)]),
+     (20, 60, []),
+     (-60, 0, [])],
+)  # fmt: skip
+def test_a_run_is_clipped_at_the_window(table, since, until, expected):
+    table.put(ON * 20 + OFF * 60)
+    assert table.runs("complete", since=NOON + minutes(since), until=NOON + minutes(until)) == near(expected)
+
+
+@pytest.mark.parametrize("window", [{"since": NOON + minutes(10)}, {"until": NOON + minutes(1)}])
+def test_what_is_noise_is_told_by_the_whole_run_also_by_its_rows_outside_of_the_window(table, window):
+    rows = [*ON, *(lost(2, 1200) + ON) * 3]
+    table.put(rows + ON + OFF if "since" in window else ON + lost(1, 1200) + rows + OFF)  # one minute is in the window
+    ((began, ended, wh),) = table.runs(min_duration="10 minutes", **window)
+    assert (ended - began, wh) == (1, pytest.approx(20))
+
+
+def test_a_run_goes_on_after_the_window_also_by_its_counter(table):
+    table.put(ON * 5 + lost(2) + OFF + lost(2) + OFF, counter=[*range(1000, 1100, 20), 0, 0, 1100, 0, 0, 1150])
+    assert table.runs("complete", until=NOON + minutes(7)) == near([(0, 7, 100, False)])
+
+
+@pytest.mark.parametrize("since", [5, 6, 7])
+def test_a_run_that_ended_before_the_window_is_not_in_it_though_the_next_row_is(table, since):
+    table.put(ON * 5 + lost(2) + OFF * 9)
+    assert table.runs(since=NOON + minutes(since), min_duration="1 minute") == []
+
+
+def test_an_ongoing_run_is_shown_however_short_and_ends_with_its_last_row(table):
+    now = table.now()
+    table.put(OFF + ON, "just begun", start=now - minutes(2))
+    table.put(ON * 60, "going on", start=now - minutes(60))
+    table.put(ON * 60, "over", start=now - minutes(65))
+    table.put(OFF + ON + OFF, "noise", start=now - minutes(20))
+    table.put(ON * 60, "its clock ahead", start=now - minutes(30))
+    found = table.ask("power_cycles", "device_id, ongoing, ended_at, energy_wh", until=now + HOUR)
+    assert found == near([
+        ("going on", True, now, 1200), ("its clock ahead", True, now + minutes(30), 1200),
+        ("just begun", True, now, 20), ("over", False, now - minutes(5), 1200)])  # fmt: skip
+    assert ("over", True) in table.ask("power_cycles", "device_id, ongoing", gap="10 minutes")
+    assert dict(table.ask("power_cycles", "device_id, ended_at < now()"))["going on"]  # by default until now
+
+
+def test_a_run_that_goes_on_after_the_window_is_not_complete(table):
+    now = table.now()
+    table.put(ON * 60, start=now - minutes(60))
+    found = table.ask("power_cycles", "complete, ended_at, energy_wh", until=now - minutes(30))
+    assert found == near([(False, now - minutes(30), 600)])
+
+
+def test_means_maximum_and_median_are_those_of_the_running_rows(table):
+    volts, amps = [240, 0, 229, 235, 240], [0, 4, 13, 8.5, 0]
+    table.put([0, 1000, 3000, 2000, 0], volts=volts, amps=amps, counter=[0, 0, 50, 90, 90])
+    table.put([500] * 3, "b", volts=[0] * 3)
+    assert table.ask("power_cycles", "energy_wh, mean_w, max_w, mean_a, median_v", **WIDE) == near([
+        (90, 2000, 3000, 8.5, 232), (25, 500, 500, 1, None)])  # fmt: skip
+
+
+def test_what_runs_by_its_counter_alone_has_the_mean_of_the_counter(table):
+    table.put(OFF * 4, counter=[0, 15, 30, 30])
+    assert table.runs("mean_w") == near([(0, 2, 30, 900)])
+
+
+def test_power_that_flows_back_runs_with_its_sign_and_takes_nothing(table):
+    table.put([0, -800, -300, 100, -600, 0], counter=[5] * 6)
+    table.put([-800] * 5, "b")
+    assert table.runs("mean_w", "max_w") == near([(1, 5, 0, -400, -800), (0, 5, 0, -800, -800)])
+    assert table.ask("energy_by_day", "energy_wh, rows", **WIDE) == [(0, 6), (0, 5)]
+
+
+def test_devices_channels_and_phases_are_apart(table):
+    series = {("a", "switch:0"): ON * 10, ("a", "switch:1"): ON * 5 + OFF * 2 + ON * 3, ("b", "pm1:0"): OFF * 5 + ON * 5,
+        **{("meter", f"em:0:{phase}"): [600 * n] * 10 for n, phase in enumerate("abc", 1)}, ("z", "em1:0"): OFF * 10}  # fmt: skip
+    for (device, channel), watts in series.items():
+        table.put(watts + OFF, device, channel)
+    found = [("a", "switch:0", 200), ("a", "switch:1", 160), ("b", "pm1:0", 100)]
+    found += [("meter", "em:0:a", 100), ("meter", "em:0:b", 200), ("meter", "em:0:c", 300)]
+    assert table.ask("power_cycles", "device_id, channel, energy_wh", **WIDE) == near(found)
+    found += [("z", "em1:0", 0)]
+    assert table.ask("energy_by_day", "device_id, channel, energy_wh", **WIDE) == near(found)
+    keys = [key[:2] for key in found]
+    assert table.ask("coverage", "device_id, channel, rows, missing", **WIDE) == [(*key, 11, 0) for key in keys]
+    assert table.ask("power_series", "device_id, channel, rows", step="1 hour", **WIDE) == [(*key, 11) for key in keys]
+
+
+COUNTERS = [
+    ([1000, 1010, 1030], 30, 0),
+    ([1000, 1010, 0, 5, 10], 20, 1),  # set to 0
+    ([1000, 1010, 3, 5], 15, 1),  # set to 0, and on
+    ([1000, 1010, 1002, 1005], 13, 0),  # digits lost at a reboot
+    ([1000, 900, 901], 1, 0),  # not below 0.9 of it
+    ([1_400_000, 1_400_010, 0, 1_400_020, 1_400_030], 20, 1),  # 0 for a minute
+    ([0, 1600, 1600], 1600, 0),  # 96 kW
+    ([0, 1700, 1701], 1, 0),  # 102 kW
+    ([0, *[None] * 59, 90_000], 90_000, 0),  # 90 kW for an hour
+    ([2_000_000, 1_000_000, 1_000_001], 1, 1),  # no minute gives so much
+    ([7], 0, 0),
+]
+
+
+@pytest.mark.parametrize(("counter", "wh", "resets"), COUNTERS)
+def test_what_a_counter_that_falls_or_jumps_is_worth(table, counter, wh, resets):
+    table.put([(0,) if value is None else 0 for value in counter], counter=counter)
+    assert table.ask("energy_by_day", "day, energy_wh", **WIDE) == near([(NOON.date(), wh)])
+    assert table.ask("coverage", "resets", **WIDE) == [(resets,)]
+
+
+@pytest.mark.parametrize(
+    ("first", "hours"), [(date(2026, 3, 28), (24, 23, 24)), (date(2026, 10, 24), (24, 25, 24)), (date(2026, 7, 1), (24, 24, 24))]
+)  # fmt: skip
+def test_a_day_has_its_23_or_25_hours(table, first, hours):
+    paris = ZoneInfo("Europe/Paris")
+    since, until = (datetime(d.year, d.month, d.day, tzinfo=paris).astimezone(UTC) for d in (first, first + 3 * DAY))
+    table.put([600] * (2 * 144 + 400), start=since - DAY, every=600)
+    expected = [(first + n * DAY, 600 * length, 6 * length) for n, length in enumerate(hours)]
+    given = {"since": since, "until": until}
+    assert table.ask("energy_by_day", "day, energy_wh, rows", zone="Europe/Paris", **given) == near(expected)
+    table.conn.execute("SET LOCAL timezone = 'Europe/Paris'")
+    assert table.ask("energy_by_day", "day, energy_wh, rows", **given) == near(expected)
+
+
+def test_the_rise_in_an_outage_is_of_the_day_it_began_in_and_a_day_without_rows_is_absent(table):
+    table.put([600] * 6 + lost(12, 600) + [600] * 6, start=NOON + 11 * HOUR, every=600)  # away from midnight to two
+    table.put([600] * 6 + lost(6 * 37, 60) + [600] * 6, "b", start=NOON + 11 * HOUR, every=600)
+    window = {"since": NOON, "until": NOON + 3 * DAY}
+    assert table.ask("energy_by_day", "device_id, day, energy_wh, rows", **window) == near([
+        ("a", date(2026, 11, 3), 600 + 1200, 6), ("a", date(2026, 11, 4), 500, 6),
+        ("b", date(2026, 11, 3), 600 + 2220, 6), ("b", date(2026, 11, 5), 500, 6)])  # fmt: skip
+
+
+def test_windows_are_half_open_and_the_last_rise_may_end_within_a_day_after(table):
+    table.put(range(0, 1200, 60))
+    table.put([600] + lost(22, 600) + [600] * 5, "b", every=3600, start=NOON + minutes(9))
+    table.put([600] + lost(25, 600) + [600] * 5, "c", every=3600, start=NOON + minutes(9))
+    window = {"since": NOON + minutes(5), "until": NOON + minutes(10)}
+    found = table.ask("energy_by_day", "energy_wh, rows", zone="UTC", **window)
+    assert found == near([(5 + 6 + 7 + 8 + 9, 5), (23 * 600, 1), (0, 1)])
+    first, last = NOON + minutes(5), NOON + minutes(9)
+    found = table.ask("coverage", "first_row, last_row, rows", **window)
+    assert found == [(first, last, 5), (last, last, 1), (last, last, 1)]
+    found = table.ask("power_series", "bucket, rows", step="1 minute", **window)
+    assert found == [*((NOON + minutes(n), 1) for n in range(5, 10)), (last, 1), (last, 1)]
+
+
+@pytest.mark.parametrize(
+    ("watts", "every", "given", "expected"),
+    [([1] * 10, 60, {}, (0, 9, 10, 0, 0)),
+     ([1], 60, {}, (0, 0, 1, 0, 0)),
+     ([1] * 5 + lost(5) + [1] * 5, 60, {}, (0, 14, 10, 5, 5)),
+     (lost(5) + [1] * 5 + lost(1) + [1], 60, {}, (5, 11, 6, 1, 1)),
+     ([1] * 5 + lost(2) + [1] + lost(5) + [1], 60, {}, (0, 13, 7, 7, 5)),
+     ([1] * 5 + lost(2) + [1] * 5, 300, {"row_length": "5 minutes"}, (0, 55, 10, 2, 10)),
+     ([1] * 3, 300, {}, (0, 10, 3, 8, 4)),
+     # rows only while it runs, with a closing row
+     (ON * 5 + OFF + lost(60) + ON * 5 + OFF, 60, {}, (0, 71, 12, 60, 60)),
+     (ON * 5 + OFF + lost(60) + ON * 5 + OFF, 60, {"min_power_w": 10}, (0, 71, 12, 0, 0)),
+     (ON * 5 + OFF + lost(60) + ON + lost(3) + ON, 60, {"min_power_w": 10}, (0, 70, 8, 3, 3)),
+     (ON * 5 + lost(60) + ON, 60, {"min_power_w": 10}, (0, 65, 6, 60, 60)),
+     ([1200, 10, *lost(60), 1200, -10, *lost(60), 1200], 60, {"min_power_w": 10}, (0, 124, 5, 0, 0)),
+     ([-800, *lost(60), -800], 60, {"min_power_w": 10}, (0, 61, 2, 60, 60)),
+     (ON * 3 + OFF + lost(12) + ON * 3, 300, {"min_power_w": 10, "row_length": "5 minutes"}, (0, 90, 7, 0, 0))],
+)  # fmt: skip
+def test_what_is_missing(table, watts, every, given, expected):
+    table.put(watts, every=every)
+    columns = "first_row, last_row, rows, missing, longest_gap"
+    ((first, last, rows, missing, longest),) = table.ask("coverage", columns, **(WIDE | given))
+    assert ((first - NOON) / MINUTE, (last - NOON) / MINUTE, rows, missing, longest / MINUTE) == expected
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Kolkata"])
+def test_buckets_are_round_in_utc_and_those_without_rows_absent(table, zone):
+    table.put([10, 20, 30, *lost(7), -300, -100, 100, 200, 0], start=NOON + minutes(2))
+    table.conn.execute(f"SET LOCAL timezone = '{zone}'")
+    assert table.ask("power_series", "bucket, mean_w, max_w, rows", step="5 minutes", **WIDE) == near([
+        (NOON, 20, 30, 3), (NOON + minutes(10), -100, 100, 3), (NOON + minutes(15), 100, 200, 2)])  # fmt: skip
+    assert table.ask("power_series", "bucket, mean_w, max_w, rows", step="1 day", **WIDE) == near([
+        (NOON - 12 * HOUR, -5, 200, 8)])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "every"),
+    [(NOON, HOUR, 60), (NOON, DAY, 60), (NOON, 7 * DAY, 60), (NOON, 30 * DAY, 600), (NOON, 45 * DAY, 600), (NOON, 400 * DAY, 3600),
+     (NOON - timedelta(seconds=30), 25 * HOUR, 30)],
+)  # fmt: skip
+def test_without_a_step_a_round_one_is_taken(table, start, length, every):
+    table.put([1] * (length // timedelta(seconds=every)), start=start, every=every)
+    buckets = [bucket for (bucket,) in table.ask("power_series", "bucket", since=start, until=start + length)]
+    step = min(later - bucket for bucket, later in itertools.pairwise(buckets))
+    assert len(buckets) <= 1500 and (len(buckets) >= 300 or step == MINUTE)
+    assert DAY % step == timedelta(0) and all((bucket - NOON + DAY / 2) % step == timedelta(0) for bucket in buckets)
+
+
+@pytest.mark.parametrize("question", list(ORDER))
+def test_by_default_the_last_45_days_are_asked_for(table, question):
+    now = table.now()
+    for start, count in ((now - 46 * DAY, 3), (now - 44 * DAY, 5), (now + HOUR, 2)):
+        table.put(ON * count, start=start)
+    if question == "power_cycles":
+        assert table.ask(question, "started_at, ongoing, complete") == [(now - 44 * DAY, False, True)]
+    else:
+        assert sum(rows for (rows,) in table.ask(question, "rows")) == 5
+
+
+def test_channels_are_shown_with_the_names_of_them_and_of_their_device(table):
+    table.put([1, 2, 3], "a", "switch:0")
+    table.put([4], "a", "switch:1", wh=7)
+    table.put([5], "b", "pm1:0", wh=8, start=NOON - 300 * DAY)
+    table.conn.execute(
+        "INSERT INTO channel_names VALUES ('a', '', 'Shelly', 'Cellar'), ('a', 'switch:0', 'Pump', NULL),"
+        " ('a', 'switch:1', 'Out 1', 'Heater'), ('b', '', 'Attic', NULL), ('gone', '', 'x', 'x'), ('gone', 'switch:0', 'x', 'x')"
+    )
+    columns = QUESTIONS["channels"][1].replace(" ", ", ")
+    found = table.ask("channels", columns)
+    assert found == near([
+        ("a", "switch:0", "Pump", NOON + minutes(2), 3, 1000.05, "Cellar"),
+        ("a", "switch:1", "Heater", NOON, 4, 7, "Cellar"),
+        ("b", "pm1:0", None, NOON - 300 * DAY, 5, 8, "Attic")])  # fmt: skip
+    assert table.ask("newest_rows") == [row[:-1] for row in found]
+
+
+# The same questions, answered by plain Python over random tables. Times are minutes, a row is (minute, W, Wh).
+
+
+def rise(row, later):
+    risen = later[2] if later[2] < 0.9 * row[2] else later[2] - row[2]
+    return risen if 0 < risen <= 100_000 * (later[0] - row[0]) / 60 else 0
+
+
+def expected_runs(rows, since, until, gap, min_duration, floor, length, far=False):
+    reach, running, found = max(gap, 1.5 * length), [], []
+    for row, later in itertools.zip_longest(rows, rows[1:]):
+        (at, watt, _), span, most = row, length, max(row[1], 0) * length / 60
+        if later and far and later[0] - at > reach and later[0] >= until:
+            later = None  # as for one who does not look that far beyond the window
+        energy = rise(row, later) if later else most
+        if later and later[0] - at <= reach:
+            span = later[0] - at  # the row stands for all the time until the next one
+        else:
+            energy = min(energy, most)
+        if abs(watt) > floor or energy > floor * span / 60:
+            share = max(0, min(at + span, until) - max(at, since)) / span
+            running.append((at, watt, share * energy, share * span, watt if abs(watt) > floor else energy * 60 / span))
+    while running:
+        count = next((n for n in range(1, len(running)) if running[n][0] - running[n - 1][0] > reach), len(running))
+        run, running = running[:count], running[count:]
+        began, ended = run[0][0], run[-1][0] + length
+        energy, times = sum(row[2] for row in run), sum(row[3] for row in run)
+        if times and ended > since and ended - began >= min_duration:
+            mean = sum(row[3] * row[4] for row in run) / times
+            highest = max((row[4] for row in run if row[3]), key=abs)
+            complete = since < began and ended < until
+            found.append((max(began, since), min(ended, until), complete, energy, mean, highest))
+    return found
+
+
+def expected_days(rows, since, until, zone):
+    days = {}
+    for row, later in itertools.zip_longest(rows, rows[1:]):
+        if since <= row[0] < until:
+            day = (NOON + minutes(row[0])).astimezone(ZoneInfo(zone)).date()
+            wh, count = days.get(day, (0, 0))
+            days[day] = (wh + (rise(row, later) if later else 0), count + 1)
+    return [(day, *numbers) for day, numbers in days.items()]
+
+
+def expected_coverage(rows, since, until, floor, length):
+    rows = [row for row in rows if since <= row[0] < until]
+    pairs = list(itertools.pairwise(rows))
+    gaps = [b[0] - a[0] - length for a, b in pairs if floor is None or abs(a[1]) > floor]
+    resets = sum(b[2] < 0.9 * a[2] for a, b in pairs)
+    return [(rows[0][0], rows[-1][0], len(rows), sum(gaps) / length, max(gaps, default=0), resets)] if rows else []
+
+
+def random_rows(chance, length):
+    """From 22 h UTC on, over the midnights of Paris and of UTC."""
+    rows, wh, watts, there = [], chance.uniform(1000, 2_000_000), 0, True
+    kept = chance.choice([0.95, 0.95, 0.5])
+    for n in range(chance.randrange(20, 200)):
+        if chance.random() < 0.2:
+            watts, there = chance.choice([0, 0, 3, 50, 1200, 2000, -500]), chance.random() < 0.7
+        if chance.random() < 0.03:
+            wh = chance.choice([0, wh * 0.999, wh + 30])
+        if there and chance.random() < kept:
+            rows.append((600 + n * length, watts, 0 if chance.random() < 0.02 else wh))
+        wh += max(watts, 0) * length / 60 * chance.uniform(0.9, 1.1)
+    return rows
+
+
+@pytest.mark.parametrize(("seed", "length"), [(1, 1), (2, 1), (3, 5), (4, 5)])
+def test_random_tables_are_answered_as_plain_python_does(table, seed, length):
+    chance = random.Random(seed)
+    tables = {f"{n:02}": random_rows(chance, length) for n in range(60)}
+    table.store((NOON + minutes(row[0]), device, "switch:0", row[1], 230, 1, row[2])
+        for device, rows in tables.items() for row in rows)  # fmt: skip
+
+    def asked(question, columns, **given):
+        """The answer by device, times as minutes."""
+        found = {device: [] for device in tables}
+        for device, *row in table.ask(question, f"device_id, {columns}", **given):
+            found[device].append(tuple((x - NOON) / MINUTE if isinstance(x, datetime) else x for x in row))
+        return found
+
+    for _ in range(8):
+        since, until = (600 + length * n + chance.choice([0, 0, 0.4]) for n in sorted(chance.sample(range(-5, 205), 2)))
+        window = {"since": NOON + minutes(since), "until": NOON + minutes(until)}
+        gap, least, floor = chance.choice([0, 1, 3, 10]), chance.choice([0, 1, 2, 10]), chance.choice([1, 10, 100])
+        zone = chance.choice(["UTC", "Europe/Paris", "America/St_Johns", "Pacific/Chatham"])
+        off = chance.choice([None, 10])
+        times = {"gap": minutes(gap), "min_duration": minutes(least), "row_length": minutes(length)}
+        columns = "started_at, ended_at, complete, energy_wh, mean_w, max_w"
+        runs = asked("power_cycles", columns, min_power_w=floor, **times, **window)
+        days = asked("energy_by_day", "day, energy_wh, rows", zone=zone, **window)
+        columns = "first_row, last_row, rows, missing, extract(epoch FROM longest_gap) / 60, resets"
+        missing = asked("coverage", columns, row_length=minutes(length), min_power_w=off, **window)
+        for device, rows in tables.items():
+            case = seed, device, since, until, gap, least, floor, rows
+            either = [expected_runs(rows, since, until, gap, least, floor, length, far) for far in (False, True)]
+            assert runs[device] in (near(either[0]), near(either[1])), (case, either)
+            assert days[device] == near(expected_days(rows, since, until, zone)), case
+            assert missing[device] == expected_coverage(rows, since, until, off, length), case
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_names_are_those_of_the_contract_and_the_comment_explains_them(table, question):
+    parameters, columns = (names.split() for names in QUESTIONS[question])
+    names, modes, comment, volatile = table.conn.execute(
+        "SELECT proargnames, proargmodes::text[], obj_description(oid, 'pg_proc'), provolatile::text FROM pg_proc WHERE proname = %s",
+        [question],
+    ).fetchone()
+    assert [name for name, mode in zip(names, modes, strict=True) if mode == "i"] == parameters
+    assert [name for name, mode in zip(names, modes, strict=True) if mode == "t"] == columns
+    assert volatile == "s" and [name for name in columns if not re.search(rf"\b{name}\b", comment)] == []
+
+
+@pytest.mark.parametrize("arguments", ["", "since => now() - interval '7 days', until => now()"])
+@pytest.mark.parametrize("question", ORDER)
+def test_what_is_asked_of_one_device_reads_only_its_part_of_the_index(table, question, arguments):
+    table.conn.execute(
+        f"INSERT INTO power_logs ({COLUMNS}) SELECT now() - n * interval '1 minute', 'device' || d, 'switch:0', 1, 1, 1, 1"
+        " FROM generate_series(1, 1000) n, generate_series(1, 30) d"
+    )
+    table.conn.execute("ANALYZE power_logs")
+    plan = table.conn.execute(f"EXPLAIN SELECT * FROM {question}({arguments}) WHERE device_id = 'device7'").fetchall()
+    plan = "\n".join(line for (line,) in plan)
+    assert f"Function Scan on {question}" not in plan and "Seq Scan on power_logs" not in plan, plan
+    assert re.search(r"Index Cond: .*device_id.*'device7'", plan), plan
+
+
+def test_who_may_only_read_the_two_tables_may_ask(table):
+    table.put(ON * 5, start=table.now().replace(hour=12, minute=0) - DAY)
+    role = f"reader_{os.getpid()}"
+    table.conn.execute(f"CREATE ROLE {role}")  # rolled back
+    table.conn.execute(f"GRANT SELECT ON power_logs, channel_names TO {role}")
+    table.conn.execute(f"SET LOCAL ROLE {role}")
+    assert {question: len(table.ask(question)) for question in QUESTIONS} == dict.fromkeys(QUESTIONS, 1)
