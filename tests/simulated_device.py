@@ -2,11 +2,16 @@
 """A Shelly Pro 4PM without the hardware: speaks to a collector as the real one does, quirks included.
 
     python tests/simulated_device.py ws://localhost:5000/ws --minute 1
+    python tests/simulated_device.py ws://localhost:5000/ws --history 24h
 
 It asks for subprotocol json-rpc and needs no answer, sends its whole status right after connecting, answers requests,
 then sends one frame per channel at each full minute, deltas when a load changes, and what switching off and on brings.
 After a drop it comes back. `--filter` puts the Cloudflare Worker of the README in between: only frames with a channel
 above 10 W pass, and the connection opens with the first of them.
+
+`--history 24h` makes it a house (a pump, a heater, a fridge, a spare output) that first plays its last hours within
+seconds, each frame with the time it stands for as `received`, and then lives on. What it does depends on the time
+alone, so a second run within days agrees with the first; only the 20 minutes without network lie elsewhere.
 """
 
 import argparse
@@ -15,6 +20,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -30,6 +36,9 @@ Frame = dict[str, Any]
 class Switch:
     """One metered output; power in W, energy in Wh."""
 
+    name: str | None = None
+    spread = 0.1  # of the load
+
     def __init__(self, number: int, rnd: random.Random) -> None:
         self.number, self.rnd = number, rnd
         self.on = True
@@ -41,13 +50,14 @@ class Switch:
         self.change_load()
 
     def change_load(self) -> None:
-        self.apower = round(self.load_w * self.rnd.uniform(0.9, 1.1), 1) if self.on else 0
+        self.apower = round(self.load_w * self.rnd.uniform(1 - self.spread, 1 + self.spread), 1) if self.on else 0
         self.voltage = round(self.rnd.uniform(226, 234), 1)
         self.current = round(self.apower / self.voltage * 1.02, 3) if self.on else 0
 
-    def pass_minute(self) -> None:
+    def pass_minute(self, hour: int) -> None:
         self.total += self.apower / 60
         self.by_minute = [round(self.apower / 60 * 1000, 3), *self.by_minute[:2]]
+        self.voltage = round(self.rnd.uniform(226, 234), 1)
 
     def energy(self, minute_ts: int) -> Frame:
         returned = {"by_minute": [0.0, 0.0, 0.0], "minute_ts": minute_ts, "total": 0.0}
@@ -60,7 +70,7 @@ class Switch:
             "aprtpower": round(self.voltage * self.current, 1),
             "current": self.current,
             "freq": 50.0,
-            "pf": 0.98 if self.on else 0,
+            "pf": 0.98 if self.apower else 0,
             "voltage": self.voltage,
         }
 
@@ -72,22 +82,72 @@ class Switch:
         return rest | self.energy(minute_ts) | self.measured()
 
 
+def pump(rnd: random.Random, hour: int) -> list[float]:
+    """The power of the next minutes, as for the loads below: a run every hour or so of a morning or evening."""
+    begins = rnd.random() < (1 / 60 if hour in {6, 7, 8, 9, 17, 18, 19, 20} else 1 / 360)
+    return [812.0] * rnd.randint(8, 25) + [0.0] * 30 if begins else [0.0]
+
+
+def heater(rnd: random.Random, hour: int) -> list[float]:
+    wanted = hour in {6, 7, 8, 17, 18, 19, 20, 21}
+    stage = rnd.choice([1250.0, 1600.0, 1900.0])
+    return [stage] * rnd.randint(6, 14) + [0.0] * rnd.randint(4, 10) if wanted else [0.0]
+
+
+def fridge(rnd: random.Random, hour: int) -> list[float]:
+    return [90.0] * 12 + [2.0] * rnd.randint(25, 31)
+
+
+# Name, power, and whether the output is what switches it.
+LOADS: list[tuple[str, Callable[[random.Random, int], list[float]], bool]] = [
+    ("Well pump", pump, True),
+    ("Heater", heater, False),
+    ("Fridge", fridge, False),
+    ("Spare", lambda rnd, hour: [0.0], True),
+]
+
+
+class Load(Switch):
+    """An output of a house: its power follows a plan, from minute to minute."""
+
+    spread = 0.015
+
+    def __init__(self, number: int, rnd: random.Random) -> None:
+        super().__init__(number, rnd)
+        again, kind = divmod(number, len(LOADS))
+        name, self.plan, self.switched = LOADS[kind]
+        self.name = f"{name} {again + 1}" if again else name
+        ahead = self.plan(rnd, 0)
+        self.ahead = ahead[rnd.randrange(len(ahead)) :]  # not all fridges at once
+
+    def pass_minute(self, hour: int) -> None:
+        super().pass_minute(hour)
+        self.ahead = self.ahead or self.plan(self.rnd, hour)
+        self.load_w = self.ahead.pop(0)
+        self.on = self.load_w > 0 or not self.switched
+        self.change_load()
+
+
 class Device:
     """The frames of one device; `sent` keeps those that went out, the newest last."""
+
+    name: str | None = None
+    at: float | None = None  # the time in the past that frames are made for
 
     def __init__(self, device_id: str, channels: int = 4, old_firmware: bool = False, seed: int = 1) -> None:
         self.rnd = random.Random(seed)
         self.id, self.old_firmware = device_id, old_firmware
-        self.switches = [Switch(n, self.rnd) for n in range(channels)]
+        self.switches: list[Switch] = [Switch(n, self.rnd) for n in range(channels)]
         self.booted = time.time()
         self.synced = False  # before the first NTP answer ts is the uptime
         self.sent: list[Frame] = []
 
     def now(self) -> float:
-        return round(time.time() - (0 if self.synced else self.booted), 2)
+        return self.at or round(time.time() - (0 if self.synced else self.booted), 2)
 
     def notify(self, components: Frame, method: str = "NotifyStatus") -> Frame:
-        return {"src": self.id, "dst": "ws", "method": method, "params": {"ts": self.now(), **components}}
+        frame = {"src": self.id, "dst": "ws", "method": method, "params": {"ts": self.now(), **components}}
+        return frame | {"received": self.at} if self.at else frame
 
     def components(self) -> Frame:
         minute_ts = int(time.time()) // 60 * 60
@@ -110,18 +170,25 @@ class Device:
     def full_status(self) -> Frame:
         return self.notify(self.components(), "NotifyFullStatus")
 
+    def config(self) -> Frame:
+        rest = {"in_mode": "follow", "initial_state": "match_input", "auto_on": False, "auto_off": False}
+        switches = {f"switch:{s.number}": {"id": s.number, "name": s.name, **rest} for s in self.switches}
+        return {"sys": {"device": {"name": self.name, "mac": self.id[-12:].upper(), "discoverable": True}}} | switches
+
     def answer(self, request: Frame) -> Frame:
         reply = {"id": request.get("id"), "src": self.id, "dst": request.get("src")}
         if request.get("method") == "Shelly.GetStatus":
             return reply | {"result": self.components()}
+        if request.get("method") == "Shelly.GetConfig":
+            return reply | {"result": self.config()}
         return reply | {"error": {"code": 404, "message": f"No handler for {request.get('method')}"}}
 
     def minute(self) -> list[Frame]:
         """One frame per channel, also while off."""
-        minute_ts = int(time.time()) // 60 * 60
+        minute_ts = int(self.at or time.time()) // 60 * 60
+        hour = time.localtime(minute_ts).tm_hour
         for switch in self.switches:
-            switch.pass_minute()
-            switch.voltage = round(self.rnd.uniform(226, 234), 1)
+            switch.pass_minute(hour)
         return [self.notify({f"switch:{s.number}": s.minute(minute_ts, self.old_firmware)}) for s in self.switches]
 
     def change(self) -> list[Frame]:
@@ -131,16 +198,54 @@ class Device:
         if self.rnd.random() < 0.2:
             switch.on = not switch.on
             switch.change_load()
-            source = {"output": switch.on, "source": "SHC"}
-            if switch.on:  # the power follows
-                return [
-                    self.notify({key: source}),
-                    self.notify({key: {"apower": switch.apower, "current": switch.current}}),
-                ]
-            return [self.notify({key: {"apower": 0, "current": 0, "pf": 0, **source}})]
+            return self.switched(switch)
         switch.change_load()
         delta = {"current": switch.current}
         return [self.notify({key: delta if self.rnd.random() < 0.3 else {"apower": switch.apower, **delta}})]
+
+    def switched(self, switch: Switch) -> list[Frame]:
+        key, source = f"switch:{switch.number}", {"output": switch.on, "source": "SHC"}
+        if switch.on:  # the power follows
+            power = {"apower": switch.apower, "current": switch.current}
+            return [self.notify({key: source}), self.notify({key: power})]
+        return [self.notify({key: {"apower": 0, "current": 0, "pf": 0, **source}})]
+
+
+class House(Device):
+    """A device with loads that follow the hours of the day, and with a past of some minutes until that is played."""
+
+    def __init__(self, number: int, channels: int, old_firmware: bool, minutes: int) -> None:
+        super().__init__(f"simulated-house-{number}", channels, old_firmware, seed=number)
+        self.name = "House" if number == 1 else f"House {number}"
+        self.number, self.minutes = number, minutes
+        self.past: list[Frame] = []
+        self.lived_s = 0  # the start of the minute in which the past ends
+
+    def minute(self) -> list[Frame]:
+        """Loads change at full minutes: what that switched comes after the frames, and no row is made of it."""
+        before = [switch.on for switch in self.switches]
+        frames = super().minute()
+        for switch, was_on in zip(self.switches, before, strict=True):
+            frames += self.switched(switch) if switch.on != was_on else []
+        return frames
+
+    def change(self) -> list[Frame]:
+        return []
+
+    def remember(self) -> None:
+        """Live from the start of a week, the same for every run, up to this minute, and keep the last hours' frames."""
+        self.switches = [Load(s.number, random.Random(f"{self.number}/{s.number}")) for s in self.switches]
+        self.lived_s, week_s = int(time.time()) // 60 * 60, 7 * 86400
+        first = self.lived_s - self.minutes * 60
+        silent = first + int(self.minutes * self.rnd.uniform(0.3, 0.6)) * 60
+        without_network = range(silent, silent + min(20, self.minutes // 3) * 60)
+        self.past = []
+        for minute in range((self.lived_s - 86400) // week_s * week_s, self.lived_s + 60, 60):
+            self.at = round(minute + self.rnd.uniform(0, 0.02), 2)
+            frames = self.minute()
+            if first <= minute < self.lived_s and minute not in without_network:
+                self.past += frames
+        self.at = None
 
 
 def passes_filter(frame: Frame) -> bool:
@@ -173,7 +278,9 @@ class Line:
             text = json.dumps(frame, separators=(",", ":"))
             await self.websocket.send(text)
             self.device.sent.append(frame)
-            self.show(f"{self.device.id} {text if len(text) < 160 else text[:150] + ' … ' + str(len(text)) + ' bytes'}")
+            if "received" not in frame:
+                shown = text if len(text) < 160 else f"{text[:150]} … {len(text)} bytes"
+                self.show(f"{self.device.id} {shown}")
 
     async def answer_requests(self, websocket: ClientConnection) -> None:
         with contextlib.suppress(WebSocketException, OSError):
@@ -188,15 +295,30 @@ class Line:
         self.websocket = None
 
 
+async def play_past(line: Line, house: House) -> None:
+    """Play what a house remembers; if the line drops meanwhile, it will be remembered and played anew."""
+    for frame in house.past:
+        await line.send(frame)
+        await asyncio.sleep(0)  # questions are answered meanwhile
+    line.show(f"{house.id} -- played {house.minutes} minutes of the past")
+    house.minutes = 0
+    for _ in range(house.lived_s, int(time.time()) // 60 * 60, 60):  # full minutes that came meanwhile
+        await line.send(*house.minute())
+
+
 async def play(line: Line, minute_s: float, minutes: int | None) -> None:
     """Live through a number of minutes on one connection; raises WebSocketException or OSError when it drops."""
     device = line.device
+    if isinstance(device, House) and device.minutes:
+        device.remember()
     if not line.filtered:
         await line.open()
     await asyncio.sleep(0.1 * min(1, minute_s))
     await line.send(device.full_status())
     device.synced = True
     await line.send(device.notify({"ws": {"connected": True}}), device.notify({"cloud": {"connected": True}}))
+    if isinstance(device, House) and device.minutes:
+        await play_past(line, device)
     done = 0
     while minutes is None or done < minutes:
         till_minute = minute_s - time.time() % minute_s
@@ -226,6 +348,15 @@ async def live(line: Line, minute_s: float, minutes: int | None) -> None:
             await line.close()
 
 
+def read_history(text: str) -> int:
+    """Minutes of `90m` or `24h`."""
+    found = re.fullmatch("([0-9]{1,4})([mh])", text)
+    minutes = int(found[1]) * (60 if found[2] == "h" else 1) if found else 0
+    if not 0 < minutes <= 24 * 60:
+        raise argparse.ArgumentTypeError(f"{text!r} is nothing like 90m or 24h, which is the most")
+    return minutes
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser(description="A Shelly Pro 4PM without the hardware.")
     parser.add_argument("url", nargs="?", default="ws://localhost:5000/ws", help="default: %(default)s")
@@ -233,6 +364,7 @@ async def main() -> None:
     parser.add_argument("--channels", type=int, default=4, help="of each device")
     parser.add_argument("--minute", type=float, default=60.0, metavar="S", help="seconds that a minute takes, e.g. 1")
     parser.add_argument("--minutes", type=int, metavar="N", help="stop after so many; default: never")
+    parser.add_argument("--history", type=read_history, metavar="TIME", help="play so much past first, e.g. 24h or 90m")
     parser.add_argument("--old-firmware", action="store_true", help="before 1.5: minute frames hold aenergy alone")
     parser.add_argument("--filter", action="store_true", help="send what the filter in front lets pass")
     parser.add_argument("--quiet", action="store_true", help="do not show what is sent")
@@ -245,7 +377,10 @@ async def main() -> None:
             print(text, flush=True)
 
     devices = [
-        Device(f"shellypro4pm-a1b2c3{n:06x}", args.channels, args.old_firmware, seed=n) for n in range(args.devices)
+        House(n + 1, args.channels, args.old_firmware, args.history)
+        if args.history
+        else Device(f"shellypro4pm-a1b2c3{n:06x}", args.channels, args.old_firmware, seed=n)
+        for n in range(args.devices)
     ]
     lines = [Line(device, args.url, args.filter, show) for device in devices]
     lives = asyncio.gather(*(live(line, args.minute, args.minutes) for line in lines))

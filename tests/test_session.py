@@ -2,14 +2,19 @@
 
 import asyncio
 import contextlib
+import itertools
+import json
+import os
 import random
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import simulated_device as sim
 from conftest import DEVICE, ROOT, VALUES, device, feed, minute_frame, notify, read_rows, taken, wait_for, wait_for_rows
+from websockets.asyncio.server import serve
 
 NOON = 1_795_435_200.0
 
@@ -174,12 +179,181 @@ async def test_the_simulated_device_ends_quietly_when_nobody_reads_on(collectors
     assert process.returncode == 0 and err == b"" and out.count(b"\n") == 3
 
 
-@pytest.mark.parametrize("arguments", [["http://localhost:5000/ws"], ["--minute", "0"]])
+@pytest.mark.parametrize("arguments", [
+    ["http://localhost:5000/ws"], ["--minute", "0"],
+    *(["--history", text] for text in ("soon", "24", "-1h", "0m", "25h", "1441m", "1.5h", "٢h")),
+])  # fmt: skip
 async def test_the_simulated_device_refuses_nonsense_with_a_line(arguments):
     command = [sys.executable, str(ROOT / "tests/simulated_device.py"), *arguments]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = await asyncio.wait_for(process.communicate(), 10)
     assert process.returncode != 0 and out == b"" and b"Traceback" not in err and err.strip()
+
+
+@contextlib.asynccontextmanager
+async def listening(frames, ends=lambda: False):
+    """The URL of a bare server that asks for two answers and collects frames, until `ends` says to hang up."""
+
+    async def take(websocket):
+        for number, method in (2, "Shelly.GetStatus"), (3, "Shelly.GetConfig"):
+            await websocket.send(json.dumps({"id": number, "src": "collector", "method": method}))
+        async for text in websocket:
+            frames.append(json.loads(text))
+            if ends():
+                return
+
+    async with serve(take, "127.0.0.1", 0, compression=None) as server:
+        yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws"
+
+
+def by_minute(frames):
+    """The past's minute frames: for each device and channel the components by their minute."""
+    found = {}
+    for frame in frames:
+        for key, component in frame["params"].items() if "received" in frame else ():
+            if key.startswith("switch:") and "aenergy" in component:
+                minutes = found.setdefault((frame["src"], key), {})
+                assert 0 <= frame["received"] % 60 <= 0.03 and frame["params"]["ts"] == frame["received"]
+                assert frame["received"] // 60 not in minutes, "two frames of one minute"
+                minutes[frame["received"] // 60] = component
+    return found
+
+
+def runs(minutes):
+    """Length in minutes of each run that neither a gap nor an end of the past cuts."""
+    running = {minute for minute, component in minutes.items() if component["apower"] > 10}
+    begins = [minute for minute in running if minute - 1 in minutes and minute - 1 not in running]
+    ends = [next(end for end in itertools.count(begin) if end not in running) for begin in begins]
+    return [end - begin for begin, end in zip(begins, ends, strict=True) if end in minutes]
+
+
+async def test_a_history_of_24_hours_is_that_of_plausible_houses_and_ends_within_seconds():
+    frames, began = [], time.time()
+    async with listening(frames) as url:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, ROOT / "tests/simulated_device.py", url, "--devices", "2", "--channels", "5",
+            "--history", "24h", "--minutes", "0", env=os.environ | {"TZ": "EAST-9"},
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, err = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 0 and err == b"" and out.count(b"\n") < 40, err.decode()
+    assert not any("received" in frame for frame in frames[:6])
+    status = {frame["src"]: frame["params"] for frame in frames if frame.get("method") == "NotifyFullStatus"}
+    answers = {frame["src"]: frame["result"] for frame in frames if frame.get("id") == 2}
+    houses = by_minute(frames)
+    assert list(status) == ["simulated-house-1", "simulated-house-2"] and len(houses) == 2 * 5
+    powers = {}
+    for (house, key), minutes in houses.items():
+        now = max(minutes) + 1
+        assert min(minutes) == now - 1440 and began // 60 <= now <= status[house][key]["aenergy"]["minute_ts"] // 60
+        missing = set(range(int(now) - 1440, int(now))) - set(minutes)
+        assert len(missing) == 20 == max(missing) - min(missing) + 1 and len(minutes) == 1420
+        assert answers[house][key]["aenergy"]["total"] == status[house][key]["aenergy"]["total"]
+        last = None
+        for minute, one in [*minutes.items(), (now, status[house][key])]:
+            assert 226 <= one["voltage"] <= 234
+            assert one["current"] * one["voltage"] == pytest.approx(one["apower"] * 1.02, abs=0.2)
+            total = one["aenergy"]["total"]
+            if minute - 1 in minutes:
+                assert total == pytest.approx(last["aenergy"]["total"] + last["apower"] / 60, abs=0.002)
+                assert one["aenergy"]["by_minute"][0] == pytest.approx(last["apower"] / 60 * 1000, abs=0.001)
+            elif last:
+                assert total >= last["aenergy"]["total"] + (20 * 1.9 / 60 if key == "switch:2" else 0)
+            last = one
+            hour = (minute / 60 + 9) % 24
+            assert key != "switch:1" or not one["apower"] or 6 <= hour < 9.5 or 17 <= hour < 22.5
+            powers.setdefault((house, key), set()).add(one["apower"])
+    for house in status:
+        pump, heater, fridge, spare, pump_2 = (powers[house, f"switch:{n}"] for n in range(5))
+        assert spare == {0} and pump != pump_2
+        assert min(fridge) > 1 and all(one < 3 or 88 < one < 92 for one in fridge)
+        assert all(not one or 1200 <= one <= 2000 for one in heater) and all(not one or 790 < one < 830 for one in pump)
+        assert len(runs(houses[house, "switch:0"])) >= 3
+        assert all(8 <= length <= 25 for length in runs(houses[house, "switch:0"]))
+        assert set(runs(houses[house, "switch:2"])) == {12}
+    assert powers["simulated-house-1", "switch:0"] != powers["simulated-house-2", "switch:0"]
+    switched = [frame["params"]["switch:0"].get("output") for frame in frames
+                if "received" in frame and "source" in frame["params"].get("switch:0", {})]  # fmt: skip
+    assert switched.count(True) >= 6 and switched.count(False) >= 6
+    names = [{key: one["name"] for key, one in frame["result"].items() if key != "sys"}
+             for frame in frames if frame.get("id") == 3]  # fmt: skip
+    kinds = ["Well pump", "Heater", "Fridge", "Spare", "Well pump 2"]
+    assert names == [{f"switch:{n}": name for n, name in enumerate(kinds)}] * 2
+    assert [frame["result"]["sys"]["device"]["name"] for frame in frames if frame.get("id") == 3] == [
+        "House",
+        "House 2",
+    ]
+
+
+def test_a_second_run_tells_the_same_past():
+    first, second = (sim.House(1, 4, False, sim.read_history(text)) for text in ("24h", "90m"))
+    first.remember()
+    second.remember()
+    before, after = by_minute(first.past), by_minute(second.past)
+    for key, minutes in after.items():
+        same = [minute for minute in minutes if minute in before[key]]
+        assert len(same) >= 49 and all(minutes[minute] == before[key][minute] for minute in same)
+
+
+async def test_a_dropped_past_is_played_anew_and_minutes_that_come_meanwhile_are_lived(monkeypatch):
+    frames, clock = [], [0]
+    monkeypatch.setattr(sim, "time", SimpleNamespace(time=lambda: time.time() + clock[0], localtime=time.localtime))
+
+    def ends():
+        clock[0] += 120 if len(frames) in {50, 100} else 0
+        return len(frames) == 50
+
+    async with listening(frames, ends) as url:
+        house = sim.House(1, 2, False, 90)
+        await asyncio.wait_for(sim.live(sim.Line(house, url, False, lambda _: None), 1.0, 0), 20)
+    dropped, again = by_minute(frames[:50]), by_minute(frames[50:])
+    assert [min(again[key]) - min(dropped[key]) in {2, 3} for key in again] == [True] * 2
+    assert [len(minutes) for minutes in again.values()] == [70, 70]
+    lived = [one for frame in frames[50:] if frame.get("method") == "NotifyStatus" and "received" not in frame
+             for key, one in frame["params"].items() if key == "switch:1" and "aenergy" in one]  # fmt: skip
+    assert len(lived) in {2, 3}
+    (status,) = [frame["params"]["switch:1"] for frame in frames[50:] if frame.get("method") == "NotifyFullStatus"]
+    risen = status["aenergy"]["total"] + status["apower"] / 60
+    assert lived[0]["aenergy"]["total"] == pytest.approx(risen, abs=0.002)
+
+
+async def test_a_house_lives_on_after_its_past_and_plays_that_only_once():
+    house, frames, hung_up = sim.House(1, 4, False, sim.read_history("1h")), [], []
+
+    def lived():
+        status = [
+            frame["params"] for frame in frames if frame.get("method") == "NotifyStatus" and "received" not in frame
+        ]
+        return [(key, one) for params in status for key, one in params.items() if key.startswith("switch:")]
+
+    def ends():
+        if len(lived()) != 4 or hung_up:
+            return False
+        hung_up.append(True)
+        return True
+
+    async with listening(frames, ends) as url:
+        await sim.live(sim.Line(house, url, False, lambda _: None), 0.2, 3)
+    assert hung_up and [len(minutes) for minutes in by_minute(frames).values()] == [40] * 4
+    assert len([one for _, one in lived() if "aenergy" in one]) >= 4 * 4
+    for before, (key, one) in itertools.pairwise(lived()):
+        follows = before == (key, {"output": True, "source": "SHC"})
+        assert "aenergy" in one or "output" in one or follows, "a load that changed between two minutes"
+
+
+async def test_a_device_without_names_says_so():
+    frames = []
+    async with listening(frames) as url:
+        await sim.live(sim.Line(sim.Device(DEVICE, 2), url, False, lambda _: None), 0.5, 1)
+    (answer,) = [frame for frame in frames if frame.get("id") == 3]
+    assert (
+        answer["src"] == DEVICE and answer["dst"] == "collector" and answer["result"]["sys"]["device"]["name"] is None
+    )
+    assert [(answer["result"][f"switch:{n}"]["id"], answer["result"][f"switch:{n}"]["name"]) for n in range(2)] == [
+        (0, None),
+        (1, None),
+    ]
+    assert not any("received" in frame for frame in frames)
 
 
 async def test_jitter_of_50_ms_costs_no_interval(collectors, database):
