@@ -3,7 +3,7 @@
 
 device ── wss ──▶ handle_device ─▶ decode_frame ─▶ lay_over known status ─▶ should_write ─▶ outbox
                                                                                               │
-                              PostgreSQL  power_logs ◀── one INSERT per batch ◀── write_batches
+        owner ◀── page, CSV ◀── SQL functions ◀── power_logs ◀── one INSERT per batch ◀── write_batches
 
 frame      one JSON text message of a device   {"src":"shellypro4pm-a1b2c3d4e5f6","method":"NotifyStatus",…}
 component  a part of a device, by its key      switch:2
@@ -14,7 +14,9 @@ outbox     rows on their way to the table: in memory while PostgreSQL answers, o
 """
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import hmac
 import logging
 import os
@@ -28,19 +30,20 @@ import sqlite3
 import subprocess
 import sys
 import time
+import zlib
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import quote, unquote
+from urllib.parse import parse_qsl, quote, unquote
 
 import msgspec
 import psycopg
 from dotenv.parser import parse_stream
 from msgspec import UNSET, Meta, Raw, UnsetType
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 from websockets.asyncio.server import Server, ServerConnection, broadcast, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import TEXT
@@ -53,6 +56,7 @@ ISO = "%Y-%m-%dT%H:%M:%SZ"  # UTC, to the second
 # Sent to every device. A real one answers the first with 404 and streams all the same; the second brings its status.
 ENABLE_NOTIFICATIONS = '{"id":1,"src":"collector","method":"NotifyStatus","params":{"enable":true}}'
 GET_STATUS = '{"id":2,"src":"collector","method":"Shelly.GetStatus"}'
+GET_CONFIG = '{"id":3,"src":"collector","method":"Shelly.GetConfig"}'  # for its names, once it has answered
 METERED, MOST_NUMBERS = ("switch", "pm1", "cover", "light"), 128  # share a switch's fields; real numbers are small
 VOLTAGE_AGE, ASK_AGAIN = 300.0, 60.0  # old firmware seldom sends its voltage: ask for an older one, but not more often
 EARLY = 0.25  # a minute frame that comes this early, by the server's clock, means the minute that begins
@@ -61,12 +65,14 @@ COMPLAIN_EVERY, MOST_COMPLAINTS = 60.0, 500  # at most one line about the same t
 BATCH, MOST_IN_MEMORY = 1_000, 100_000  # rows, of 0.25 kB: larger batches gain nothing; if even the disk takes none
 ANSWER_TIMEOUT, PATIENT_TIMEOUT = 5.0, 30.0  # more is an outage; if it then lets one connect, it is slow, or locked
 TICK, SAVE_AFTER = 0.25, 0.5  # while memory's rows do not get on they go to disk: the sum is what a kill -9 may cost
+HELD_BACK = 25 * 3600.0  # a filter in front may hold frames back for so long
 RETRY, CLOSE_TIMEOUT = 2.0, 1.0  # before another attempt; for a peer that does not answer a close: a stop has 3 s
 
 
 # ---- Settings: from the environment and .env, checked once, never changed. ------------------------------------------
 # Where platforms tell a program the name that the world knows it by, and which of them forget their disk.
 PLATFORM_DOMAINS = "RENDER_EXTERNAL_HOSTNAME RAILWAY_PUBLIC_DOMAIN REPLIT_DEV_DOMAIN HEROKU_APP_DEFAULT_DOMAIN_NAME"
+PRICE = re.compile(r"(\d{1,9}(?:[.,]\d{1,9})?)\s*([^\d\s.,<&]{0,12})")  # per kWh: 0.2516 EUR
 FORGETFUL_PLATFORMS = "DYNO RENDER RAILWAY_ENVIRONMENT K_SERVICE FLY_APP_NAME REPLIT_DEPLOYMENT"
 
 
@@ -79,7 +85,13 @@ class Settings(msgspec.Struct, frozen=True, rename=str.upper):
     db_pool_max_size: Annotated[int, Meta(ge=1, le=1_000)] = 3
     channels: frozenset[Annotated[int, Meta(ge=0, le=999)]] | None = None  # all
     min_power_w: Annotated[float, Meta(ge=0, le=1e9)] | None = None  # all
+    gap_threshold_minutes: Annotated[float, Meta(ge=0, le=1e6)] = 3.0
+    min_cycle_duration_minutes: Annotated[float, Meta(ge=0, le=1e6)] = 2.0
+    default_days_history: Annotated[int, Meta(ge=1, le=36_500)] = 45
+    price_per_kwh: str | None = None
+    retention_days: Annotated[int, Meta(ge=1, le=36_500)] | None = None  # for ever
     collector_token: str | None = None
+    dashboard_token: str | None = None  # one that is made once and kept in DATA_DIR
     public_url: str | None = None  # what the platform or the machine tells
     data_dir: str = "data"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
@@ -101,8 +113,11 @@ def read_settings(env: dict[str, str | None]) -> Settings:
         raise ValueError(f"{name} makes no sense: {texts[name]!r} ({problem.strip()})") from None
     if settings.db_pool_min_size > settings.db_pool_max_size:
         raise ValueError("DB_POOL_MIN_SIZE must not be above DB_POOL_MAX_SIZE")
-    if not (settings.collector_token or "").isprintable():
-        raise ValueError("COLLECTOR_TOKEN must hold printable characters only")
+    for name in ("COLLECTOR_TOKEN", "DASHBOARD_TOKEN"):
+        if not texts.get(name, "").isprintable():
+            raise ValueError(f"{name} must hold printable characters only")
+    if not PRICE.fullmatch(settings.price_per_kwh or "0"):
+        raise ValueError("PRICE_PER_KWH must be like 0.2516 EUR")
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", settings.public_url or "http://x"):
         raise ValueError("PUBLIC_URL must be like https://shelly.example.org")
     if not {"DATABASE_URL", "DATA_DIR"} & texts.keys() and any(map(env.get, FORGETFUL_PLATFORMS.split())):
@@ -119,8 +134,8 @@ def read_settings(env: dict[str, str | None]) -> Settings:
     raise ValueError(f"DATABASE_URL cannot be read: it must be like {example}")
 
 
-def device_url(settings: Settings, token: str) -> str:
-    """What to paste into the device, as far as this machine can know its own address; `token` as it is to be shown."""
+def own_url(settings: Settings) -> str:
+    """What the outside calls this collector, as far as this machine can know its own address."""
     domains = [f"https://{os.environ[name]}" for name in PLATFORM_DOMAINS.split() if os.environ.get(name)]
     host = "localhost"
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -128,8 +143,26 @@ def device_url(settings: Settings, token: str) -> str:
         host = probe.getsockname()[0]
     host = host if settings.host in (None, "0.0.0.0", "::") else settings.host
     own = f"http://{f'[{host}]' if ':' in str(host) else host}:{settings.port}"
-    url = (settings.public_url or [*domains, own][0]).rstrip("/").removesuffix("/ws")
-    return f"ws{url.removeprefix('http')}/ws{token}"
+    return (settings.public_url or [*domains, own][0]).rstrip("/").removesuffix("/ws")
+
+
+def device_url(settings: Settings, token: str) -> str:
+    """What to paste into the device; `token` as it is to be shown."""
+    return f"ws{own_url(settings).removeprefix('http')}/ws{token}"
+
+
+def look_token(settings: Settings, make: bool) -> str:
+    """The secret of the page's link: the owner's, or else the one kept in DATA_DIR, which is made if there is none."""
+    path, token = Path(settings.data_dir, "dashboard-token"), settings.dashboard_token or ""
+    with contextlib.suppress(OSError):
+        token = token or path.read_text(errors="replace").strip()
+    if make and len(token) < 16 and not settings.dashboard_token:
+        token = os.urandom(16).hex()
+        with contextlib.suppress(OSError):  # else it lasts until the next start
+            path.unlink(missing_ok=True)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(f"{token}\n")
+    return token
 
 
 def one_line(exc: BaseException) -> str:
@@ -153,8 +186,15 @@ class Component(msgspec.Struct, gc=False):
     aenergy: Energy | UnsetType | None = UNSET
 
 
+class Named(msgspec.Struct, gc=False):  # a part of a device's configuration, as far as its owner named it
+    name: str | None = None
+    device: "Named | None" = None  # sys has it one step further in
+
+
 class Frame(msgspec.Struct, gc=False):
     src: str
+    id: Raw = Raw(b"")  # of an answer
+    received: float | None = None  # when a filter in front got it, seconds since 1970, if it had to hold it back
     method: str | None = None
     params: dict[str, Raw] | None = None  # components by key, and more
     result: dict[str, Raw] | None = None
@@ -163,17 +203,19 @@ class Frame(msgspec.Struct, gc=False):
 
 decode = msgspec.json.Decoder(Frame).decode
 decode_component = msgspec.json.Decoder(Component | None).decode
+ID_OF_CONFIG = Raw(b"3")  # as in GET_CONFIG
+decode_named = msgspec.json.Decoder(Named | None).decode
 
 
-def decode_frame(text: str | bytes) -> tuple[str, dict[str, Raw], bool]:
-    """Device id, components by key, and whether they are the whole status; raises ValueError."""
+def decode_frame(text: str | bytes) -> tuple[Frame, dict[str, Raw], bool]:
+    """The frame, its components by key, and whether they are the whole of it; raises ValueError."""
     frame = decode(text)
     if frame.method not in ("NotifyStatus", "NotifyFullStatus", None) or frame.error is not UNSET:
-        return frame.src, {}, False
+        return frame, {}, False
     components = frame.params if frame.method else frame.result  # a Wall Display sends an id with its method
     if components is None:
         raise ValueError("neither a notification nor an answer")
-    return frame.src, components, frame.method != "NotifyStatus"
+    return frame, components, frame.method != "NotifyStatus"
 
 
 # ---- State: what main makes and hands on; times are seconds since 1970 by the server's clock, unless they say more. --
@@ -192,6 +234,7 @@ class Channel:  # what it has said so far, and which interval it has a row for
     device_id: str
     component: str
     values: list[float | None] = field(default_factory=lambda: [None] * 4)  # in Row's order; None: not reported
+    heard: float = 0.0
     voltage_time: float = 0.0
     last_write_time: float = 0.0  # start of the interval that the newest row stands for
     running: bool = False  # the newest row was above MIN_POWER_W
@@ -211,10 +254,16 @@ class Collector:  # the state that handlers, writer and health page share
     server: Server | None = None
     postgres: asyncio.subprocess.Process | None = None  # the embedded server
     pool: AsyncConnectionPool | None = None  # there is one: the database has answered, and the table is prepared
+    aside: AsyncConnectionPool | None = None  # for whatever is no row, so that none ever waits for it
+    look_token: str = ""  # of the page's link
+    names: dict[str, dict[str, str | None]] = field(default_factory=dict)  # to be written: by device and component
     insert: str = ""  # the statement that fits the table, once that is prepared
     preparing: bool = False  # schema.sql is being applied, which takes long on a long table
     failures: int = 0  # of the database since the last batch that was written; from the second on it is an outage,
     down_since: float = 0.0  # which began here
+    outages: int = 0
+    frames: int = 0
+    frames_passed_over: int = 0
     rows_written: int = 0
     last_write: float | None = None
     stopping: bool = False
@@ -248,11 +297,16 @@ def should_write(collector: Collector, channel: Channel) -> bool:
     return channel.running or was_running  # the row after a run tells "off" from "no data"
 
 
-def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes, now: float) -> bool:
-    """Put the rows that a frame makes due into the outbox; whether to ask for a status. Raises ValueError."""
-    src, components, whole = decode_frame(text)
-    if components and src not in link.devices:
+def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes, now: float) -> str:
+    """Put the rows that a frame makes due into the outbox; what to ask the device for, or "". Raises ValueError."""
+    frame, components, whole = decode_frame(text)
+    if not components:
+        return ""
+    src, now = frame.src, time_of(frame, now)
+    if src not in link.devices:
         admit_device(link, src)
+    if frame.method is None and frame.id == ID_OF_CONFIG:
+        return note_names(collector, src, components)
     interval_s, ask = collector.interval_s, False
     interval = (now + collector.early_s) // interval_s * interval_s
     for key, raw in components.items():
@@ -271,6 +325,7 @@ def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes
             collector.channels[src + key] = channel
             if len(collector.channels) > MOST_CHANNELS:
                 del collector.channels[next(iter(collector.channels))]  # the one whose newest row is oldest
+        channel.heard = now
         if interval != channel.last_write_time:
             ask = ask or None in channel.values or not 0 <= now - channel.voltage_time <= VOLTAGE_AGE
             if should_write(collector, channel):
@@ -279,7 +334,25 @@ def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes
                 channel.waiting += ((time.monotonic() + interval_s, interval, channel.values.copy()),)
         if channel.waiting:
             settle_rows(collector, channel, 0.0)
-    return ask
+    return GET_CONFIG if frame.method is None else GET_STATUS if ask else ""
+
+
+def time_of(frame: Frame, now: float) -> float:
+    """The time that a frame counts for, if a filter in front held it back; its clock may run ahead: that means now."""
+    if frame.received is None:
+        return now
+    if now - frame.received > HELD_BACK:
+        raise ValueError("received more than 25 hours ago")
+    return min(now, frame.received)
+
+
+def note_names(collector: Collector, src: str, config: dict[str, Raw]) -> str:
+    """Keep what a device's configuration calls it and its channels until that is written; raises ValueError."""
+    if len(collector.names) < MOST_DEVICES:
+        named = {key: decode_named(raw) for key, raw in config.items() if key in collector.kept or key == "sys"}
+        named[""] = (named.pop("sys", None) or Named()).device
+        collector.names[src] = {key: part and part.name and part.name[:100] for key, part in named.items()}
+    return ""
 
 
 def admit_device(link: "DeviceConnection", src: str) -> None:
@@ -461,6 +534,9 @@ LOOK_AT_SCHEMA = r"""SELECT to_regclass('power_logs') IS NOT NULL, %s <= (
 OPTIONS = """application_name=shelly_collector client_encoding=utf8 connect_timeout=5
     keepalives_idle=30 keepalives_interval=10 keepalives_count=3"""
 CONNECTION: dict[str, Any] = psycopg.conninfo.conninfo_to_dict(OPTIONS) | {"autocommit": True}
+# For whatever is no row, so that none ever waits for it: two questions at a time, a few wait, no more.
+ASIDE: dict[str, Any] = {"min_size": 0, "max_size": 2, "max_waiting": 8, "timeout": 3, "max_idle": 60, "open": False}
+ASIDE |= {"kwargs": CONNECTION, "check": AsyncConnectionPool.check_connection}
 DATABASE_ERRORS = (psycopg.Error, OSError, UnicodeError)  # of an absent, full, frozen or altered one: the rows wait
 
 
@@ -542,6 +618,7 @@ async def wait_out(collector: Collector, exc: Exception) -> None:
     if pool is not None:
         await asyncio.wait({asyncio.create_task(pool.close(timeout=0))}, timeout=0.2)  # what hangs is left to itself
     if before < 2 <= collector.failures:
+        collector.outages += 1
         log.error("database unreachable, rows wait until it is back: %s", one_line(exc))
     if collector.failures > 1:  # after the first try again at once: connections may only have been closed
         await asyncio.sleep(RETRY)
@@ -571,12 +648,40 @@ async def open_database(collector: Collector) -> AsyncConnectionPool:
         collector.preparing = False
         await conn.close()
     collector.insert = collector.insert or INSERT_ONCE
+    collector.aside = collector.aside or AsyncConnectionPool(conninfo, **ASIDE)
     low, high = settings.db_pool_min_size, settings.db_pool_max_size
     pool = AsyncConnectionPool(conninfo, kwargs=CONNECTION, open=False, min_size=low, max_size=high)
     await pool.open(wait=True, timeout=PATIENT_TIMEOUT)
     if not collector.failures:
         log.info("database connected")
     return pool
+
+
+async def ask_aside(collector: Collector, question: str, values: list[Any], first: str = "") -> Any:
+    """What a function of schema.sql returns, `first` being said at its transaction's begin; raises DATABASE_ERRORS."""
+    if collector.aside is None or collector.pool is None or collector.failures:
+        raise OSError("the database is away")
+    await collector.aside.open()
+    async with collector.aside.connection() as conn, conn.transaction():
+        await conn.execute(first or "SELECT")
+        return (await (await conn.execute(f"SELECT {question}", values, binary=True)).fetchone() or [None])[0]
+
+
+async def tend_table(collector: Collector) -> None:
+    """Write the names that devices gave, and delete rows that are too old, a few at a time, beside the rows' way."""
+    while True:
+        await asyncio.sleep(RETRY)
+        if collector.pool is None or collector.failures:
+            continue
+        named, collector.names, days = collector.names, {}, collector.settings.retention_days
+        work: list[tuple[str, list[Any]]] = []
+        work += [("note_names(%s, %s, %s)", [device, [*said], [*said.values()]]) for device, said in named.items()]
+        work += [("forget_rows(%s)", [days])] if days else []
+        for question, values in work:
+            try:
+                await within(ANSWER_TIMEOUT, ask_aside(collector, question, values))
+            except DATABASE_ERRORS as exc:
+                complain(collector, question, "%s has failed: %s", question.partition("(")[0], one_line(exc))
 
 
 # ---- Embedded PostgreSQL: the same database, from a wheel's programs, for a first look and a small site. ------------
@@ -674,6 +779,7 @@ class DeviceConnection(ServerConnection):
     # Takes a whole text message as it arrives; the way over recv() takes a quarter more processor time in all.
     name, asked_time = "", 0.0  # its address, and then its first device; when Shelly.GetStatus was last sent
     devices: set[str]
+    named = False  # it has been asked for its names
     take: Any = None  # take_message, once the device has been asked
 
     def process_event(self, event: Any) -> Any:
@@ -706,29 +812,53 @@ async def handle_device(collector: Collector, link: ServerConnection) -> None:
 def take_message(collector: Collector, link: DeviceConnection, text: str | bytes) -> None:
     """Take a device's frame, pass over a malformed one, and ask for a status if it is time to."""
     now = time.time()
+    collector.frames += 1
     try:
-        if take_frame(collector, link, text, now) and not 0 <= now - link.asked_time < ASK_AGAIN:
+        request = take_frame(collector, link, text, now)
+        if request == GET_CONFIG and not link.named:
+            link.named = True
+            broadcast([link], GET_CONFIG)
+        elif request == GET_STATUS and not 0 <= now - link.asked_time < ASK_AGAIN:
             link.asked_time = now
             broadcast([link], GET_STATUS)
     except (ValueError, RecursionError) as exc:
+        collector.frames_passed_over += 1
         complain(collector, link.name, "%s: frame passed over: %s: %.60r", link.name, one_line(exc), text)
 
 
-# ---- HTTP: health, and who may connect. -----------------------------------------------------------------------------
-def answer_request(collector: Collector, connection: ServerConnection, request: Request) -> Response | None:
+# ---- HTTP: health, who may connect, and the answers to the owner's questions. ---------------------------------------
+QUESTIONS = ("channels", "power", "cycles", "energy", "coverage")  # power_answer of schema.sql knows their functions
+LOOK = "SET TRANSACTION READ ONLY; SET LOCAL statement_timeout = '5s'"
+LOOK_TIMEOUT = 9.0  # a slot for a question, and its answer: websockets closes after 10
+PRIVATE = {"Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+
+
+async def answer_request(collector: Collector, connection: ServerConnection, request: Request) -> Response | None:
     """The answer to a plain HTTP request, or None to go on to the WebSocket."""
     path, _, query = request.path.partition("?")
     token, headers = collector.settings.collector_token, request.headers
-    given = [unquote(part[6:]) for part in query.split("&") if part.startswith("token=")] or [""]
+    given = ([unquote(part[6:]) for part in query.split("&") if part.startswith("token=")] or [""])[0].encode()
     host, origin, upgrade = (",".join(headers.get_all(name)).lower() for name in ("Host", "Origin", "Upgrade"))
-    if path in ("/", "/health") and request.method in ("GET", "HEAD") and "websocket" not in upgrade:
-        response = connection.respond(200, health_text(collector))
+    get = request.method in ("GET", "HEAD") and "websocket" not in upgrade
+    if path in ("/", "/health") and get:
+        response = connection.respond(*health(collector, dict(parse_qsl(query)).get("silent", "86400")))
+    elif path == "/metrics" and get:
+        kind = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        response = put(connection.respond(200, ""), metrics_text(collector), kind)
+    elif path.startswith(("/dashboard", "/data")) and get:
+        response = connection.respond(401, "The link lacks the right ?token=, which the log and --check show.\n")
+        if collector.look_token and hmac.compare_digest(given, collector.look_token.encode()):
+            response = await answer_owner(collector, connection, path, query)
+        if len(response.body) > 1000 and "gzip" in headers.get("Accept-Encoding", ""):
+            body = await asyncio.to_thread(zlib.compress, response.body, 5, 31)
+            put(response, body, {"Content-Encoding": "gzip"})
+        put(response, response.body, PRIVATE)
     elif path != "/ws":
         response = connection.respond(404, "Not found: devices connect to /ws.\n")
     elif not upgrade:
         response = connection.respond(426, "This is a WebSocket endpoint.\n")
         response.headers["Upgrade"] = "websocket"
-    elif token is not None and not hmac.compare_digest(given[0].encode(), token.encode()):
+    elif token is not None and not hmac.compare_digest(given, token.encode()):
         response = connection.respond(401, "The URL lacks the right ?token=\n")
     elif token is None and origin and origin.partition("://")[2] != host:  # only a browser sends an Origin
         response = connection.respond(403, "No page of another site may send rows.\n")
@@ -741,12 +871,20 @@ def answer_request(collector: Collector, connection: ServerConnection, request: 
     return response
 
 
-def health_text(collector: Collector) -> str:
-    """How things stand, in plain text; it tells no reasons, as anybody may ask."""
-    database = "connected" if collector.pool else "connecting"
+def put(response: Response, body: str | bytes | bytearray, headers: dict[str, str]) -> Response:
+    response.body = body.encode() if isinstance(body, str) else body
+    for name, value in (headers | {"Content-Length": str(len(response.body))}).items():
+        response.headers.pop(name, None)  # else there would be two
+        response.headers[name] = value
+    return response
+
+
+def health(collector: Collector, silent: str) -> tuple[int, str]:
+    """Status and text: how things stand; it tells no reasons and no names, as anybody may ask."""
+    database, now = "connected" if collector.pool else "connecting", time.time()
     if collector.failures:
         database = f"unreachable since {time.strftime(ISO, time.gmtime(collector.down_since))}"
-    return f"""Shelly WS collector running
+    text = f"""Shelly WS collector running
 database: {"preparing the table" if collector.preparing else database}
 devices connected: {len(collector.server.connections) if collector.server else 0}
 rows written: {collector.rows_written}
@@ -754,6 +892,77 @@ rows waiting: {len(collector.outbox)}
 last write: {time.strftime(ISO, time.gmtime(collector.last_write)) if collector.last_write else "never"}
 rows dropped: {collector.outbox.dropped}
 """
+    if not silent.isdecimal():
+        return 400, "silent makes no sense: it is a number of seconds\n"
+    count = sum(int(silent) < now - channel.heard < 86_400 for channel in collector.channels.values())
+    return (503, f"{text}channels silent: {count}\n") if count else (200, text)
+
+
+def metrics_text(collector: Collector) -> str:
+    """The same for Prometheus."""
+    values = {
+        "frames_total": collector.frames,
+        "frames_passed_over_total": collector.frames_passed_over,
+        "rows_written_total": collector.rows_written,
+        "rows_dropped_total": collector.outbox.dropped,
+        "rows_waiting": len(collector.outbox),
+        "devices_connected": len(collector.server.connections) if collector.server else 0,
+        "database_up": int(collector.pool is not None and not collector.failures),
+        "last_write_timestamp_seconds": collector.last_write or 0,
+        "outages_total": collector.outages,
+    }
+    kinds = {name: "counter" if name.endswith("_total") else "gauge" for name in values}
+    text = "# TYPE shelly_collector_{0} {1}\nshelly_collector_{0} {2}\n"
+    return "".join(text.format(name, kinds[name], value) for name, value in values.items())
+
+
+def in_force(settings: Settings) -> dict[str, Any]:
+    """What the page and power_answer of schema.sql go by."""
+    floor_w, price = settings.min_power_w, PRICE.fullmatch(settings.price_per_kwh or "")
+    return {
+        "days": settings.default_days_history,
+        "gap_s": settings.gap_threshold_minutes * 60,
+        "min_duration_s": settings.min_cycle_duration_minutes * 60,
+        "floor_w": 10.0 if floor_w is None else floor_w,
+        "kept_above_w": floor_w,
+        "row_length_s": max(60.0, settings.throttle_interval_seconds),  # of a steady load devices tell once a minute
+        "price": price and float(price[1].replace(",", ".")),
+        "currency": price and price[2],
+        "device_url": device_url(settings, "?token=…" if settings.collector_token else ""),
+    }
+
+
+async def answer_owner(collector: Collector, connection: ServerConnection, path: str, query: str) -> Response:
+    """The page, or the answer to a question, which PostgreSQL makes whole."""
+    name, _, form = path.removeprefix("/data/").partition(".")
+    given = {key: text.replace("\0", "?") for key, text in parse_qsl(query) if key != "token"}
+    told, error = msgspec.json.encode(in_force(collector.settings)).decode(), psycopg.errors
+    if path == "/dashboard":
+        return make_page(connection.respond(200, ""), told)
+    if name not in QUESTIONS or form not in ("json", "csv"):
+        return connection.respond(404, f"There are /data/NAME.json and .csv; NAME is {', '.join(QUESTIONS)}.\n")
+    try:
+        values = [name, form, msgspec.json.encode(given).decode(), told]
+        asked = ask_aside(collector, "convert_to(power_answer(%s, %s, %s, %s), 'UTF8')", values, LOOK)
+        kind = "application/json" if form == "json" else "text/csv; charset=utf-8"
+        return put(connection.respond(200, ""), bytes(await within(LOOK_TIMEOUT, asked)), {"Content-Type": kind})
+    except psycopg.DataError as exc:  # power_answer's word on a parameter
+        return connection.respond(400, f"{one_line(exc)}\n")
+    except (PoolTimeout, TooManyRequests, TimeoutError, error.QueryCanceled, error.ProgramLimitExceeded):
+        return connection.respond(503, "Too much at a time: ask for less, or for one device, or in some seconds.\n")
+    except DATABASE_ERRORS as exc:
+        return connection.respond(503, f"No answer: {one_line(exc)}\n")
+
+
+def make_page(response: Response, told: str) -> Response:
+    """dashboard.html with the settings in force, under a policy that lets nothing else run in it or reach out."""
+    page = Path(__file__).with_name("dashboard.html").read_text(encoding="utf-8")
+    parts = [page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0] for tag in ("script", "style")]
+    script, style = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts)
+    policy = f"""default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; \
+img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"""
+    page = page.replace(">null<", ">" + told.replace("<", r"\u003c") + "<", 1)
+    return put(response, page, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy})
 
 
 # ---- --check: how things stand, beside a running collector too. -----------------------------------------------------
@@ -763,10 +972,10 @@ async def check(settings: Settings) -> int:
     parts = psycopg.conninfo.conninfo_to_dict(settings.database_url or "")
     harmless = {key: parts[key] for key in ("user", "host", "port", "dbname") if key in parts}
     shown["DATABASE_URL"] = psycopg.conninfo.make_conninfo("", **harmless) or "none: a PostgreSQL of its own"
-    shown["COLLECTOR_TOKEN"] = settings.collector_token and "***"
+    shown |= {name: "***" for name in ("COLLECTOR_TOKEN", "DASHBOARD_TOKEN") if shown[name]}
     shown["CHANNELS"] = ",".join(map(str, sorted(settings.channels or ()))) or "all"
     for name, value in shown.items():
-        print(f"{name:26}{'none' if value is None else value}")
+        print(f"{name:28}{'none' if value is None else value}")
     status, collector = 0, make_collector(settings)
     try:
         await within(60, check_database(collector))
@@ -775,8 +984,10 @@ async def check(settings: Settings) -> int:
         status = 1
     finally:
         await stop_postgres(collector.postgres)
+    look = quote(look_token(settings, make=False), safe="") or "…, which the collector makes when it starts"
+    print(f"\nlook at: {own_url(settings)}/dashboard?token={look}")
     token = f"?token={quote(settings.collector_token, safe='')}" if settings.collector_token else ""
-    print(f"\nPaste into the device: {device_url(settings, token)}")
+    print(f"Paste into the device: {device_url(settings, token)}")
     return status
 
 
@@ -823,7 +1034,11 @@ def say_how_it_stands(collector: Collector) -> bool:
         log.warning("%d rows of an earlier outage wait on disk", len(collector.outbox))
     if settings.collector_token is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("no COLLECTOR_TOKEN: whoever reaches the port can send rows; set one if that is not only you")
+    collector.look_token = look_token(settings, make=True)
     log.info("paste into the device: %s", device_url(settings, "?token=…" if settings.collector_token else ""))
+    log.info(
+        "look at: %s/dashboard?token=%s", own_url(settings), "…" if settings.dashboard_token else collector.look_token
+    )
     return True
 
 
@@ -846,7 +1061,8 @@ async def run(settings: Settings) -> int:
     if not say_how_it_stands(collector):
         return 1
     writer = asyncio.create_task(write_batches(collector))
-    tasks = {asyncio.create_task(stop.wait()), asyncio.create_task(keep_house(collector)), writer}
+    work = (stop.wait(), keep_house(collector), tend_table(collector))
+    tasks = {writer, *(asyncio.create_task(part) for part in work)}
     ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     await finish(collector, collector.server, writer)
     bugs = [bug for task in ended if (bug := task.exception())]

@@ -344,9 +344,9 @@ class Link:
 
 
 def feed(collector: sc.Collector, frame: Any, now: float, link: Any = None) -> bool:
-    """Take one frame at a time of the server's clock; whether the device should be asked for its status."""
+    """Take one frame at a time of the server's clock; whether the device should be asked for something."""
     text = frame if isinstance(frame, str | bytes) else json.dumps(frame)
-    return sc.take_frame(collector, link or Link(), text, now)
+    return bool(sc.take_frame(collector, link or Link(), text, now))
 
 
 def taken(collector: sc.Collector) -> list[sc.Row]:

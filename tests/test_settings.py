@@ -129,14 +129,10 @@ def test_an_empty_value_is_none():
 def test_the_example_file_shows_every_setting_with_its_default():
     lines = (ROOT / ".env.example").read_text().splitlines()
     shown = dict(line[1:].split("=", 1) for line in lines if line.startswith("#") and "=" in line and line[1].isupper())
-    names = "DATABASE_URL HOST PORT THROTTLE_INTERVAL_SECONDS DB_POOL_MIN_SIZE DB_POOL_MAX_SIZE CHANNELS MIN_POWER_W"
-    assert set(shown) == {*names.split(), "COLLECTOR_TOKEN", "DATA_DIR", "LOG_LEVEL", "PUBLIC_URL"}
-    same = {
-        name: shown[name]
-        for name in shown
-        if name not in ("DATABASE_URL", "HOST", "CHANNELS", "MIN_POWER_W", "PUBLIC_URL")
-    }
-    assert settings(**same) == settings()
+    examples = "DATABASE_URL HOST CHANNELS MIN_POWER_W PUBLIC_URL PRICE_PER_KWH RETENTION_DAYS".split()  # none without
+    assert set(shown) == {*sc.Settings.__struct_encode_fields__}
+    assert settings(**{name: shown[name] for name in shown if name not in examples}) == settings()
+    assert settings(**shown).price_per_kwh == "0.2516 EUR"
 
 
 async def test_env_file_counts_and_the_environment_wins(tmp_path):

@@ -1,0 +1,461 @@
+"""What an owner asks over HTTP: the page's door, data as JSON and CSV, metrics, silence, names, and old rows."""
+
+import asyncio
+import base64
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+
+import psycopg
+import pytest
+import shelly_collector as sc
+from conftest import (
+    DEVICE,
+    ROOT,
+    device,
+    execute,
+    feed,
+    minute_frame,
+    notify,
+    read_rows,
+    taken,
+    wait_for,
+    wait_for_rows,
+)
+from prometheus_client.parser import text_string_to_metric_families
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+ROWS = """INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)
+    SELECT '2026-11-20 10:00+00'::timestamptz + m * INTERVAL '1 minute', d, 'switch:0',
+           CASE WHEN m BETWEEN 5 AND 19 THEN 1200.5 ELSE 0 END, 230, 5.25, greatest(0, least(m - 5, 15)) * 20.125
+    FROM generate_series(0, 29) m, unnest('{=1+1,b}'::text[]) d"""
+WINDOW = {"since": "2026-11-20T09:00Z", "until": "2026-11-20 12:00+00"}
+
+
+def fetch(running, path, headers=None, **parameters):
+    """Status, headers and body, with the right token unless another is given."""
+    parameters = {"token": "look"} | parameters
+    url = f"http://127.0.0.1:{running.port}{path}?{urllib.parse.urlencode(parameters)}"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=15) as response:
+            return response.status, response.headers, response.read()
+    except urllib.error.HTTPError as exc:
+        with exc:
+            return exc.code, exc.headers, exc.read()
+
+
+@pytest.fixture
+async def running(collectors, database):
+    started = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look", COLLECTOR_TOKEN="send").ready()
+    execute(database, ROWS)
+    return started
+
+
+async def test_only_the_right_token_opens_page_and_data(running):
+    for path in ("/dashboard", "/dashboard/", "/dashboard/x", "/data/channels.json", "/data/power.csv", "/data/x"):
+        for token in ("", "send", "Look", "look%00", "looklook"):
+            status, headers, body = fetch(running, path, token=token)
+            assert (status, headers["Referrer-Policy"]) == (401, "no-referrer") and body.count(b"\n") == 1
+    assert fetch(running, "/dashboard")[0] == fetch(running, "/data/channels.json")[0] == 200
+    assert (
+        fetch(running, "/dashboard/x")[0]
+        == fetch(running, "/data/x.json")[0]
+        == fetch(running, "/data/power.xml")[0]
+        == 404
+    )
+    assert "look" not in running.log.replace("look at:", "")
+
+
+async def test_the_page_may_run_its_own_script_only_and_shows_the_settings_in_force(collectors, database):
+    env = {
+        "PRICE_PER_KWH": "0,2516 EUR",
+        "MIN_POWER_W": "25",
+        "DEFAULT_DAYS_HISTORY": "90",
+        "PUBLIC_URL": "https://x.example/a",
+    }
+    running = collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look", COLLECTOR_TOKEN="</script>", **env)
+    await running.ready()
+    status, headers, body = fetch(running, "/dashboard")
+    page = body.decode()
+    assert (status, headers["Content-Type"], headers["X-Content-Type-Options"]) == (
+        200,
+        "text/html; charset=utf-8",
+        "nosniff",
+    )
+    policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
+    for tag in ("script", "style"):
+        (inner,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert policy["default-src"] == "'none'" and policy["connect-src"] == "'self'"
+    assert len(body) < 60_000 and not re.search(r"(src|href)=.?https?:|@import", page)
+    (told,) = re.findall(r'<script type="application/json" id="settings">(.*?)</script>', page)
+    assert json.loads(told) == {
+        "days": 90, "gap_s": 180, "min_duration_s": 120, "floor_w": 25, "kept_above_w": 25, "row_length_s": 86400,
+        "price": 0.2516, "currency": "EUR", "device_url": "wss://x.example/a/ws?token=…",
+    }  # fmt: skip
+
+
+async def test_a_token_is_made_once_and_kept_for_oneself_and_shown_as_a_link(collectors, database, tmp_path):
+    running = await collectors(tmp_path, DATABASE_URL=database).ready()
+    (token,) = re.findall(rf"look at: http://127.0.0.1:{running.port}/dashboard\?token=([0-9a-f]{{32}})\n", running.log)
+    kept = tmp_path / "data" / "dashboard-token"
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600 and kept.read_text() == f"{token}\n"
+    checked = subprocess.run([sys.executable, ROOT / "shelly_collector.py", "--check"], cwd=tmp_path, env=running.env, capture_output=True, text=True)  # fmt: skip
+    assert f"look at: http://127.0.0.1:{running.port}/dashboard?token={token}\n" in checked.stdout
+    assert fetch(running, "/dashboard", token=token)[0] == 200 and fetch(running, "/dashboard", token="")[0] == 401
+    await running.stop()
+    kept.write_text("")  # cut off by a full disk: an empty secret must not open the door
+    await (await running.again()).ready()
+    assert fetch(running, "/dashboard", token="")[0] == 401
+    assert re.findall("token=([0-9a-f]{32})\n", running.log)[1] == kept.read_text().strip() != token
+
+
+async def test_check_makes_no_token_and_shows_a_set_one_as_a_link_alone(tmp_path, database):
+    def check(**env):
+        base = {"PATH": os.environ["PATH"], "DATABASE_URL": database, "PORT": "1"}
+        command = [sys.executable, ROOT / "shelly_collector.py", "--check"]
+        return subprocess.run(command, cwd=tmp_path, env=base | env, capture_output=True, text=True).stdout
+
+    assert "look at: " in check() and not (tmp_path / "data").exists()
+    shown = check(DASHBOARD_TOKEN="a b&c", PUBLIC_URL="https://x.example")
+    assert "look at: https://x.example/dashboard?token=a%20b%26c\n" in shown
+    assert re.search(r"DASHBOARD_TOKEN +\*\*\*\n", shown) and "a b&c" not in shown
+
+
+@pytest.mark.parametrize("name", ["channels", "power", "cycles", "energy", "coverage"])
+async def test_json_holds_the_rows_of_the_function_under_its_own_names(running, database, name):
+    function = {"power": "power_series", "cycles": "power_cycles", "energy": "energy_by_day"}.get(name, name)
+    parameters = {} if name == "channels" else WINDOW
+    called = ", ".join(f"{key} => %({key})s" for key in parameters)
+    with psycopg.connect(database) as conn:
+        conn.execute("SET TimeZone = 'UTC'")
+        found = conn.execute(
+            f"SELECT to_jsonb(r) FROM {function}({called}) r ORDER BY device_id", parameters
+        ).fetchall()
+    expected = [row[0] | ({"longest_gap": 0} if name == "coverage" else {}) for row in found]
+    if name in ("cycles", "coverage"):  # rows of a day, as the setting in force says, are taken back to a minute's
+        parameters = parameters | {"row_length": "60"}
+    status, headers, body = fetch(running, f"/data/{name}.json", **parameters)
+    assert (status, headers["Content-Type"], json.loads(body)) == (200, "application/json", expected) and expected
+    only = json.loads(fetch(running, f"/data/{name}.json", **parameters, device="b", channel="switch:0")[2])
+    assert only == [row for row in expected if row["device_id"] == "b"]
+    assert json.loads(fetch(running, f"/data/{name}.json", **parameters, device="c")[2]) == []
+
+
+async def test_csv_opens_in_a_spreadsheet_and_holds_no_formula(running):
+    status, headers, body = fetch(running, "/data/cycles.csv", row_length="60", **WINDOW)
+    assert (status, headers["Content-Type"]) == (200, "text/csv; charset=utf-8") and body.count(b"\r\n") == 3
+    table = list(csv.reader(io.StringIO(body.decode(), newline="")))
+    assert (
+        table[0]
+        == "device_id channel started_at ended_at ongoing complete energy_wh mean_w max_w mean_a median_v".split()
+    )
+    assert table[1][0] == "'=1+1" and table[2] == [
+        "b", "switch:0", "2026-11-20 10:05:00+00", "2026-11-20 10:20:00+00", "false", "true", "301.875", "1200.5", "1200.5", "5.25", "230"
+    ]  # fmt: skip
+    body = fetch(running, "/data/cycles.csv", row_length="60", excel="1", zone="Europe/Paris", **WINDOW)[2]
+    assert body.startswith(b"\xef\xbb\xbfdevice_id;channel;")
+    assert (
+        body.decode()
+        .splitlines()[2]
+        .startswith('"b";"switch:0";2026-11-20 11:05:00;2026-11-20 11:20:00;false;true;301,875;1200,5;')
+    )
+    assert fetch(running, "/data/coverage.csv", row_length="60", **WINDOW)[2].endswith(b",30,0,0,0\r\n")
+    assert fetch(running, "/data/energy.csv", device="none")[2] == b"device_id,channel,day,energy_wh,rows\r\n"
+
+
+@pytest.mark.parametrize("name, parameter, value", [
+    ("cycles", "since", "yesterday'"), ("cycles", "since", "x"), ("power", "until", "'; DROP TABLE power_logs; --"),
+    ("cycles", "since", "infinity"), ("cycles", "gap", "-1"), ("cycles", "gap", "a while"), ("cycles", "min_duration", "1e99"),
+    ("cycles", "min_power_w", "NaN"), ("cycles", "min_power_w", "10 W"), ("coverage", "row_length", "0"),
+    ("power", "step", "0"), ("power", "step", "-60"), ("power", "step", "1 month"), ("power", "step", "60)"),
+    ("energy", "zone", "Mars/Olympus"), ("energy", "zone", "Europe/Paris'"), ("power", "gap", "60"), ("channels", "since", "now"),
+    ("power", "limit", "1"), ("power", "excel", "1"), ("power", "Since", "now"), ("power", "since", "2026-11-20\0"),
+])  # fmt: skip
+async def test_a_parameter_that_makes_no_sense_is_named(running, name, parameter, value):
+    status, headers, body = fetch(running, f"/data/{name}.json", **{parameter: value})
+    assert (status, headers["Content-Type"], body.count(b"\n")) == (400, "text/plain; charset=utf-8", 1)
+    assert re.match(rf"{parameter} (makes no sense|is no parameter of {name}.json)", body.decode()), body
+
+
+async def test_the_settings_in_force_are_the_defaults_of_a_question(collectors, database):
+    env = {"MIN_POWER_W": "1300", "THROTTLE_INTERVAL_SECONDS": "1", "DEFAULT_DAYS_HISTORY": "2"}
+    running = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look", **env).ready()
+    execute(
+        database, ROWS.replace("'2026-11-20 10:00+00'::timestamptz", "date_trunc('minute', now() - INTERVAL '1 hour')")
+    )
+
+    def ask(name, **parameters):
+        return json.loads(fetch(running, f"/data/{name}.json", device="b", **parameters)[2])
+
+    execute(
+        database,
+        "DELETE FROM power_logs WHERE timestamp = (SELECT min(timestamp) + INTERVAL '3 minutes' FROM power_logs)",
+    )
+    assert ask("cycles") == [] and len(ask("cycles", min_power_w="10")) == 1
+    (cover,) = ask(
+        "coverage"
+    )  # what is missing after a row at or below MIN_POWER_W is "off"; a row stands for a minute
+    assert (cover["missing"], cover["rows"]) == (0, 29)
+    assert ask("coverage", min_power_w="-0")[0]["missing"] == 0
+    execute(database, "UPDATE power_logs SET timestamp = timestamp - INTERVAL '3 days'")
+    assert ask("cycles", min_power_w="10") == [] and len(ask("cycles", min_power_w="10", since="2026-01-01")) == 1
+
+
+async def test_answers_are_packed_where_that_is_understood(running):
+    plain, packed = (
+        fetch(running, "/data/power.json", {"Accept-Encoding": how}, **WINDOW) for how in ("identity", "br, gzip")
+    )
+    assert packed[1]["Content-Encoding"] == "gzip" and plain[1]["Content-Encoding"] is None
+    assert gzip.decompress(packed[2]) == plain[2] and len(packed[2]) < len(plain[2]) / 4
+    status, text = running.get("/data/power.json?token=look", "HEAD")
+    assert (status, text) == (200, "")
+
+
+async def test_a_question_without_an_answer_is_one_line(running, database):
+    execute(database, "CREATE OR REPLACE FUNCTION newest_rows() RETURNS TABLE (device_id TEXT, channel TEXT, name TEXT,"
+                      ' "timestamp" TIMESTAMPTZ, apower_w FLOAT, energy_total_wh FLOAT) LANGUAGE plpgsql AS'
+                      " 'BEGIN PERFORM pg_sleep(20); END'")  # fmt: skip
+    began = time.monotonic()
+    status, _, body = await asyncio.to_thread(fetch, running, "/data/channels.json")
+    assert status == 503 and body.startswith(b"Too much") and 4 < time.monotonic() - began < 9
+    execute(database, "DROP FUNCTION power_answer")
+    status, _, body = fetch(running, "/data/power.json")
+    assert status == 503 and b"power_answer" in body and body.count(b"\n") == 1
+    assert (await running.health())["database"] == "connected" and "unreachable" not in running.log
+
+
+async def test_a_database_that_is_away_is_said_at_once_and_what_is_asked_after_it_is_answered(collectors, own_postgres):
+    running = await collectors(DATABASE_URL=own_postgres.url, DASHBOARD_TOKEN="look").ready()
+    assert fetch(running, "/data/channels.json")[0] == 200
+    own_postgres.crash()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame())  # the writer notices
+        await running.ready("unreachable")
+        status, _, body = fetch(running, "/data/channels.json")
+        assert (status, body) == (503, b"No answer: the database is away\n")
+        own_postgres.start()
+        await running.ready()
+    status, _, body = fetch(running, "/data/channels.json")
+    assert status == 200 and [row["device_id"] for row in json.loads(body)] == [DEVICE]
+
+
+async def test_looking_writes_nothing(running, database):
+    execute(database, "CREATE OR REPLACE FUNCTION newest_rows() RETURNS TABLE (device_id TEXT, channel TEXT, name TEXT,"
+                      ' "timestamp" TIMESTAMPTZ, apower_w FLOAT, energy_total_wh FLOAT) LANGUAGE sql AS'
+                      " 'DELETE FROM power_logs RETURNING device_id, channel, NULL, timestamp, apower_w, energy_total_wh'")  # fmt: skip
+    assert fetch(running, "/data/channels.json")[0] == 503 and len(read_rows(database)) == 60
+
+
+async def test_eight_clients_that_ask_for_everything_delay_no_row(collectors, database):
+    running = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look", THROTTLE_INTERVAL_SECONDS="0.1").ready()
+    execute(database, ROWS.replace("generate_series(0, 29)", "generate_series(0, 60000)").replace("20 10:00", "01 10:00")
+                          .replace("=1+1,b", "a,b,c,d,e,f"), "VACUUM ANALYZE power_logs")  # fmt: skip
+    stop, answered = asyncio.Event(), []
+
+    async def ask(number):
+        names = ("power", "cycles", "energy", "coverage")
+        while not stop.is_set():
+            with suppress(OSError):
+                name = names[number % 4]
+                status, _, _ = await asyncio.to_thread(
+                    fetch, running, f"/data/{name}.json", since="2026-11-01", until="2027-11-01"
+                )
+                answered.append(status)
+
+    clients = [asyncio.create_task(ask(number)) for number in range(8)]
+    try:
+        await wait_for(lambda: 200 in answered, 30)
+        late = []
+        async with device(running.url) as peer, AsyncExitStack() as stack:
+            conn = await stack.enter_async_context(await psycopg.AsyncConnection.connect(database, autocommit=True))
+            for number in range(20):
+                began = time.monotonic()
+                await peer.send(minute_frame(f"row-{number}"))
+                while not await (
+                    await conn.execute("SELECT 1 FROM power_logs WHERE device_id = %s", [f"row-{number}"])
+                ).fetchone():
+                    assert time.monotonic() - began < 15
+                late.append(time.monotonic() - began)
+        assert sorted(late)[10] < 1
+    finally:
+        stop.set()
+        await asyncio.gather(*clients)
+    assert set(answered) <= {200, 503} and "unreachable" not in running.log
+
+
+async def test_metrics_are_those_that_prometheus_reads(running, database):
+    async with device(f"{running.url}?token=send") as peer:
+        await peer.send(minute_frame(), "no frame")
+        await wait_for_rows(database, 61)
+        await wait_for(lambda: "rows_written_total 1" in running.get("/metrics")[1])
+        status, headers, body = fetch(running, "/metrics", token="")
+    assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    found = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(body.decode())
+        for sample in family.samples
+    }
+    age_s = time.time() - found.pop("shelly_collector_last_write_timestamp_seconds")
+    assert -1 < age_s < 15 and found == {
+        "shelly_collector_frames_total": 2, "shelly_collector_frames_passed_over_total": 1,
+        "shelly_collector_rows_written_total": 1, "shelly_collector_rows_dropped_total": 0,
+        "shelly_collector_rows_waiting": 0, "shelly_collector_devices_connected": 1,
+        "shelly_collector_database_up": 1, "shelly_collector_outages_total": 0,
+    }  # fmt: skip
+
+
+async def test_health_tells_of_a_channel_that_has_gone_silent(collectors, database):
+    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="60").ready()
+    assert running.get("/health?silent=600")[0] == 200
+    async with device(running.url) as peer:
+        await peer.send(minute_frame() | {"received": time.time() - 1200}, minute_frame("b"))
+        await wait_for_rows(database, 2)
+        status, text = running.get("/health?silent=600")
+        assert (
+            status == 503 and text.startswith("Shelly WS collector running\n") and text.endswith("channels silent: 1\n")
+        )
+        assert running.get("/health")[0] == running.get("/health?silent=1800")[0] == 200
+        await peer.send(minute_frame(apower=1.0))
+        await wait_for_rows(database, 3)
+        assert running.get("/health?silent=600")[0] == 200
+        await peer.send(minute_frame("c") | {"received": time.time() - 24.5 * 3600})  # dead for a day: known to be so
+        await wait_for_rows(database, 4)
+        assert running.get("/health?silent=600")[0] == 200
+    assert running.get("/health?silent=soon") == (400, "silent makes no sense: it is a number of seconds\n")
+
+
+async def test_frames_that_a_filter_held_back_land_in_the_minute_they_came_in(make):
+    collector, now = make(), 1_795_435_200.0
+    minutes = [1440, 1439, 3, 0, -5]
+    for minute in minutes:  # a filter's clock that runs ahead means now
+        feed(collector, minute_frame() | {"received": now + 0.5 - minute * 60}, now + 0.5)
+    assert [now - row.time for row in taken(collector)] == [86_400, 86_340, 180, 0]
+    with pytest.raises(ValueError, match="25 hours"):
+        feed(collector, minute_frame() | {"received": now - 25 * 3600 - 1}, now)
+    feed(collector, minute_frame() | {"received": now - 25 * 3600 + 1}, now)
+    feed(collector, minute_frame() | {"received": None}, now + 60)
+    assert [now - row.time for row in taken(collector)] == [25 * 3600, -60]
+
+
+async def test_names_follow_the_device_and_an_owners_own_name_wins(collectors, database):
+    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="60").ready()
+    status = {"id": 2, "src": DEVICE, "dst": "collector", "result": minute_frame()["params"]}
+
+    def names():
+        with psycopg.connect(database) as conn:
+            return conn.execute("SELECT channel, device_says, name FROM channel_names ORDER BY channel").fetchall()
+
+    async def say(device_name, name):
+        async with device(running.url) as peer:
+            await peer.send(minute_frame(), status)
+            assert await peer.websocket.recv() == sc.GET_CONFIG
+            config = {
+                "sys": {"device": {"name": device_name, "mac": "A1"}},
+                "switch:0": {"id": 0, "name": name},
+                "wifi": {"ap": {}},
+            }
+            await peer.send({"id": 3, "src": DEVICE, "dst": "collector", "result": config}, minute_frame(), status)
+            await wait_for(lambda: names()[:1] and names()[0][1] == device_name and names()[1][1] == name)
+            with pytest.raises(TimeoutError):  # asked once only
+                await asyncio.wait_for(peer.websocket.recv(), 0.2)
+
+    await say("Cellar", HOSTILE)
+    execute(database, "UPDATE channel_names SET name = 'Pump' WHERE channel = 'switch:0'")
+    await say(None, "Old pump")
+    assert names() == [("", None, None), ("switch:0", "Old pump", "Pump")]
+    (shown,) = json.loads(fetch(running, "/data/channels.json", token=look_token(running))[2])
+    assert (shown["name"], shown["device_name"], shown["apower_w"]) == ("Pump", None, 433.8)
+    assert len(read_rows(database)) in (1, 2)  # its configuration is no status: no values were taken away
+
+
+def look_token(running):
+    return Path(running.folder, "data", "dashboard-token").read_text().strip()
+
+
+async def test_names_that_cannot_be_written_are_a_warning_and_rows_go_on(collectors, database):
+    running = await collectors(DATABASE_URL=database).ready()
+    execute(database, "DROP TABLE channel_names CASCADE")
+    async with device(running.url) as peer:
+        await peer.send({"id": 2, "src": DEVICE, "result": minute_frame()["params"]})
+        assert await peer.websocket.recv() == sc.GET_CONFIG
+        await peer.send({"id": 3, "src": DEVICE, "result": {"switch:0": {"name": "Pump"}, "switch:1": None}})
+        await wait_for(lambda: "WARNING note_names has failed" in running.log)
+        await peer.send(minute_frame(channel=1))
+        await wait_for_rows(database, 2)
+    assert "ERROR" not in running.log
+
+
+async def test_behind_a_filter_no_names_are_asked_for(collectors, database):
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as peer:
+        await peer.send(notify(minute_frame()["params"], method="NotifyFullStatus"), minute_frame(channel=1))
+        await wait_for_rows(database, 2)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(peer.websocket.recv(), 0.2)
+
+
+async def test_rows_older_than_retention_go_but_none_when_the_clock_is_wrong(collectors, database):
+    execute(database, (ROOT / "schema.sql").read_bytes())
+    old = ROWS.replace("'2026-11-20 10:00+00'::timestamptz", "now() - INTERVAL '50 days'").replace(
+        "(0, 29)", "(0, 5999)"
+    )
+    execute(database, old)
+    running = await collectors(DATABASE_URL=database, RETENTION_DAYS="30").ready()
+    seen = set()
+
+    async def only_the_new_row_is_left():
+        seen.add(len(read_rows(database, "1", "1")))
+        return seen and min(seen) == 1
+
+    async with device(running.url) as peer:
+        with pytest.raises(AssertionError, match="not within"):
+            await wait_for(only_the_new_row_is_left, 2 * sc.RETRY + 1)
+        assert seen == {12_000}
+        await peer.send(minute_frame())
+        await wait_for(only_the_new_row_is_left, 20)
+    assert {12_001 - 5_000, 12_001 - 10_000} <= seen  # a few thousand at a time
+    assert "has failed" not in running.log
+
+
+async def test_a_day_of_a_simulated_house_becomes_rows_within_seconds(collectors, database):
+    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="60").ready()
+    command = [
+        sys.executable,
+        ROOT / "tests" / "simulated_device.py",
+        running.url,
+        "--history",
+        "24h",
+        "--minutes",
+        "0",
+        "--quiet",
+    ]
+    played = await asyncio.create_subprocess_exec(*command)
+    assert await played.wait() == 0
+    await wait_for(lambda: len(read_rows(database, "1", "1")) >= 4 * 1415, 20)
+    with psycopg.connect(database) as conn:
+        cover = conn.execute("SELECT missing, longest_gap, resets FROM coverage() ORDER BY channel").fetchall()
+        runs = conn.execute(
+            "SELECT channel, count(*), sum(energy_wh) FROM power_cycles() GROUP BY 1 ORDER BY 1"
+        ).fetchall()
+        (kwh,) = conn.execute("SELECT sum(energy_wh) / 1000 FROM energy_by_day()").fetchone()
+        drawn = conn.execute("SELECT sum(apower_w) / 60000 FROM power_logs").fetchone()[0]
+    assert len(cover) == 4 and all(19 <= missing <= 21 and resets == 0 for missing, _, resets in cover)
+    assert [channel for channel, _, _ in runs] == ["switch:0", "switch:1", "switch:2"] and all(
+        count > 2 for _, count, _ in runs
+    )
+    assert kwh == pytest.approx(drawn, rel=0.05)
+    assert "passed over" not in running.log
