@@ -912,7 +912,7 @@ def metrics_text(collector: Collector) -> str:
         "outages_total": collector.outages,
     }
     kinds = {name: "counter" if name.endswith("_total") else "gauge" for name in values}
-    text = "# TYPE shelly_collector_{0} {1}\nshelly_collector_{0} {2}\n"
+    text = "# HELP shelly_collector_{0} {0}\n# TYPE shelly_collector_{0} {1}\nshelly_collector_{0} {2}\n"
     return "".join(text.format(name, kinds[name], value) for name, value in values.items())
 
 

@@ -11,7 +11,7 @@
     latency  one frame at a time, from the send until its row is visible
     fleet    100, 1,000 and 10,000 devices of four channels that all report at the full minute
     table    speed of inserts, of "one channel, last 24 h" and of newest_rows() with one channel dead for 44 days, in a
-             table of 1 and 5 million rows, bytes per row
+             table of 1 and 5 million rows, bytes per row; and the page's questions about 45 days of one device
 
 Collector and load each have a core where there are two. The rounds of collector and bare server take turns, as the
 machine may be shared; the table shows medians. Needs Linux.
@@ -345,6 +345,57 @@ def table(dsn: str, millions: int) -> dict[str, float]:
     }
 
 
+DAYS = 45
+QUESTIONS = {  # about one device of four channels, as the page asks
+    "runs of a device, ms": "power_cycles(since => %(since)s, until => %(until)s)",
+    "chart of its power, ms": "power_series(since => %(since)s, until => %(until)s)",
+    "its energy per day, ms": "energy_by_day(since => %(since)s, until => %(until)s, zone => 'Europe/Paris')",
+    "what is missing of it, ms": "coverage(since => %(since)s, until => %(until)s)",
+}
+
+
+def questions(dsn: str, millions: float) -> dict[str, float]:
+    """Questions about 45 days of one device, in a table of so many devices that it has these rows.
+
+    Each channel runs 18 minutes of every hour. The indexes are made when the rows are there, which is quicker.
+    """
+    devices = max(1, round(millions * 1_000_000 / (DAYS * 1440 * 4)))
+    window = {"since": "2026-01-01 00:00+00", "until": "2026-02-15 00:00+00"}
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute("DROP TABLE IF EXISTS power_logs")
+        conn.execute((ROOT / "schema.sql").read_bytes())
+        conn.execute("ALTER TABLE power_logs DROP CONSTRAINT power_logs_pkey")
+        for index in ("idx_power_logs_timestamp", "idx_power_logs_device_channel", "power_logs_one_row_per_interval"):
+            conn.execute(f"DROP INDEX {index}")
+        conn.execute("SET maintenance_work_mem = '256MB'")
+        rows = conn.execute(
+            "INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)"
+            " SELECT %s::timestamptz + m * INTERVAL '1 minute', 'shellypro4pm-' || lpad(to_hex(c / 4), 12, '0'), 'switch:' || c %% 4,"
+            " CASE WHEN on_m < 18 THEN 800 + c ELSE 0 END, 226 + m %% 9, CASE WHEN on_m < 18 THEN 3.5 ELSE 0 END,"
+            " ((m + c * 7) / 60 * 18 + least(on_m, 18)) * (800.0 + c) / 60"
+            " FROM generate_series(0, %s) m, generate_series(0, %s) c, LATERAL (SELECT (m + c * 7) %% 60) o (on_m)",
+            [window["since"], DAYS * 1440 - 1, devices * 4 - 1],
+        ).rowcount
+        conn.execute((ROOT / "schema.sql").read_bytes())
+        conn.execute("VACUUM ANALYZE power_logs")
+        conn.execute(
+            "SET jit = off; SET max_parallel_workers_per_gather = 0; SET work_mem = '32MB'"
+        )  # as power_answer does
+        result = {"rows, millions": rows / 1e6}
+        for name, call in QUESTIONS.items():
+            took = []
+            for number in range(5):
+                device = f"shellypro4pm-{(number * 7 + 1) % devices:012x}"
+                began = time.perf_counter()
+                found = conn.execute(
+                    f"SELECT * FROM {call} WHERE device_id = %(device)s", window | {"device": device}
+                ).fetchall()
+                took.append(time.perf_counter() - began)
+                assert len(found) >= 4
+            result[name] = statistics.median(took) * 1000
+    return result
+
+
 def say(text: str) -> None:
     print(f"\r{text:78}", end="", file=sys.stderr, flush=True)
 
@@ -416,6 +467,11 @@ def measure(chosen: str, dsn: str, args: argparse.Namespace) -> None:
             say(f"table of {millions} million rows")
             columns[f"{millions} million rows"] = table(dsn, millions)
         show(["", *columns], side_by_side(columns))
+        columns = {}
+        for millions in args.millions:
+            say(f"{DAYS} days in a table of {millions} million rows")
+            columns[f"{millions} million rows"] = questions(dsn, millions)
+        show([f"the last {DAYS} days", *columns], side_by_side(columns))
 
 
 def main() -> None:
