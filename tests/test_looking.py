@@ -241,7 +241,7 @@ async def test_a_question_without_an_answer_is_one_line(running, database):
 async def test_a_database_that_is_away_is_said_at_once_and_what_is_asked_after_it_is_answered(collectors, own_postgres):
     running = await collectors(DATABASE_URL=own_postgres.url, DASHBOARD_TOKEN="look").ready()
     assert fetch(running, "/data/channels.json")[0] == 200
-    own_postgres.crash()
+    own_postgres.stop()
     async with device(running.url) as peer:
         await peer.send(minute_frame())  # the writer notices
         await running.ready("unreachable")
