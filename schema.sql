@@ -106,10 +106,12 @@ $$;
 -- subquery as an argument would stop that. The comment on each function says what its columns mean.
 
 -- Wh that a counter rose from one row to the next. A fall below 0.9 of the value is a reset, and what it shows since then
--- counts; a smaller fall (the last digits, lost in a reboot) is none; faster than 100 kW is a counter that came back.
-CREATE OR REPLACE FUNCTION counter_rise(wh FLOAT, next_wh FLOAT, seconds FLOAT)
+-- counts; a smaller fall (the last digits, lost in a reboot) is none. Faster than 100 kW is a counter that came back, and
+-- so is a 0 (a device that did not report it) between a value and one that is no less.
+CREATE OR REPLACE FUNCTION counter_rise(before_wh FLOAT, wh FLOAT, next_wh FLOAT, seconds FLOAT)
 RETURNS FLOAT LANGUAGE sql IMMUTABLE AS $$
-    SELECT CASE WHEN next_wh >= wh AND next_wh - wh <= 100000 * seconds / 3600 THEN next_wh - wh
+    SELECT CASE WHEN wh = 0 AND before_wh > 0 AND next_wh >= before_wh * 0.9 THEN 0
+                WHEN next_wh >= wh AND next_wh - wh <= 100000 * seconds / 3600 THEN next_wh - wh
                 WHEN next_wh < wh * 0.9 AND next_wh BETWEEN 0 AND 100000 * seconds / 3600 THEN next_wh
                 ELSE 0 END
 $$;
@@ -125,7 +127,8 @@ RETURNS TABLE (device_id TEXT, channel TEXT, started_at TIMESTAMPTZ, ended_at TI
 LANGUAGE sql STABLE AS $$
     WITH readings AS (
         SELECT p.device_id, p.channel, p.timestamp AS at, p.apower_w, p.voltage_v, p.current_a, p.energy_total_wh AS wh,
-               date_part('epoch', lead(p.timestamp) OVER w - p.timestamp) AS distance, lead(p.energy_total_wh) OVER w AS next_wh,
+               date_part('epoch', lead(p.timestamp) OVER w - p.timestamp) AS distance, lag(p.energy_total_wh) OVER w AS before_wh,
+               lead(p.energy_total_wh) OVER w AS next_wh,
                date_part('epoch', greatest(gap, row_length * 1.5)) AS reach, date_part('epoch', row_length) AS row_s
         FROM power_logs p
         WHERE p.timestamp > since - (min_duration + greatest(gap, row_length * 1.5))
@@ -134,11 +137,11 @@ LANGUAGE sql STABLE AS $$
     ), running AS (
         SELECT r.*, abs(r.apower_w) > min_power_w AS loaded, r.distance <= r.reach AS near,
                CASE WHEN r.distance <= r.reach THEN r.distance ELSE r.row_s END AS seconds,
-               CASE WHEN r.distance IS NOT NULL THEN counter_rise(r.wh, r.next_wh, r.distance) END AS rise,
+               CASE WHEN r.distance IS NOT NULL THEN counter_rise(r.before_wh, r.wh, r.next_wh, r.distance) END AS rise,
                lag(r.at) OVER (PARTITION BY r.device_id, r.channel ORDER BY r.at) AS before
         FROM readings r
         WHERE abs(r.apower_w) > min_power_w OR r.distance <= r.reach
-              AND counter_rise(r.wh, r.next_wh, r.distance) > min_power_w * r.distance / 3600
+              AND counter_rise(r.before_wh, r.wh, r.next_wh, r.distance) > min_power_w * r.distance / 3600
     ), numbered AS (
         SELECT r.*, count(*) FILTER (WHERE r.before IS NULL OR date_part('epoch', r.at - r.before) > r.reach)
                         OVER (PARTITION BY r.device_id, r.channel ORDER BY r.at) AS number,
@@ -170,12 +173,13 @@ RETURNS TABLE (device_id TEXT, channel TEXT, day DATE, energy_wh FLOAT, rows BIG
 LANGUAGE sql STABLE AS $$
     WITH readings AS (
         SELECT p.device_id, p.channel, p.timestamp AS at, p.energy_total_wh AS wh,
-               lead(p.timestamp) OVER w AS next_at, lead(p.energy_total_wh) OVER w AS next_wh
+               lag(p.energy_total_wh) OVER w AS before_wh, lead(p.timestamp) OVER w AS next_at,
+               lead(p.energy_total_wh) OVER w AS next_wh
         FROM power_logs p WHERE p.timestamp >= since AND p.timestamp < until + INTERVAL '1 day'
         WINDOW w AS (PARTITION BY p.device_id, p.channel ORDER BY p.timestamp)
     ), quarters AS (
         SELECT r.device_id, r.channel, date_bin('15 minutes', r.at, TIMESTAMPTZ 'epoch') AS quarter, count(*) AS rows,
-               sum(counter_rise(r.wh, r.next_wh, date_part('epoch', r.next_at - r.at))) AS energy_wh
+               sum(counter_rise(r.before_wh, r.wh, r.next_wh, date_part('epoch', r.next_at - r.at))) AS energy_wh
         FROM readings r WHERE r.at < until GROUP BY 1, 2, 3
     )
     SELECT q.device_id::text, q.channel::text, (q.quarter AT TIME ZONE zone)::date, sum(q.energy_wh), sum(q.rows)::bigint
@@ -322,29 +326,28 @@ BEGIN
     IF rows > most THEN
         RAISE program_limit_exceeded USING MESSAGE = 'The answer is too large: ask for a shorter time, for one device, or for longer steps.';
     END IF;
-    IF form = 'json' THEN
-        RETURN coalesce(answer, '[]');
-    ELSIF comma THEN
-        head := convert_from('\xEFBBBF', 'UTF8') || head;  -- not every encoding has it
-    END IF;
-    RETURN head || E'\r\n' || coalesce(answer, '');
+    RETURN CASE form WHEN 'json' THEN coalesce(answer, '[]') ELSE head || E'\r\n' || coalesce(answer, '') END;
 END
 $$;
 
--- What the collector does beside writing rows: the names that a device has for itself ('') and its channels,
-CREATE OR REPLACE FUNCTION note_names(device TEXT, channels TEXT[], names TEXT[]) RETURNS VOID LANGUAGE sql AS $$
+-- What the collector does beside writing rows: it notes the names in a device's configuration (Shelly.GetConfig), its own
+-- and those of its metered channels,
+CREATE OR REPLACE FUNCTION note_names(device TEXT, config JSONB) RETURNS VOID LANGUAGE sql AS $$
     INSERT INTO channel_names AS known (device_id, channel, device_says)
-    SELECT device, said.* FROM unnest(channels, names) said
+    SELECT device, '', left(config #>> '{sys,device,name}', 100) WHERE jsonb_typeof(config #> '{sys,device}') = 'object'
+    UNION ALL
+    SELECT device, part.key, left(part.value ->> 'name', 100) FROM jsonb_each(config) part
+    WHERE part.key <> 'sys' AND jsonb_typeof(part.value) = 'object'
     ON CONFLICT (device_id, channel) DO UPDATE SET device_says = excluded.device_says
     WHERE known.device_says IS DISTINCT FROM excluded.device_says
 $$;
 
--- and RETENTION_DAYS: some of the oldest rows go, but none if all are too old, as then the clock is wrong.
+-- and deletes, for RETENTION_DAYS, some of the oldest rows; none if all are too old, as then the clock is wrong. A ctid
+-- is quick to find with any index; in another partition it may be another row's, which is too old as well.
 CREATE OR REPLACE FUNCTION forget_rows(days INT) RETURNS VOID LANGUAGE sql AS $$
-    DELETE FROM power_logs WHERE (device_id, channel, timestamp) IN (
-        SELECT p.device_id, p.channel, p.timestamp FROM power_logs p WHERE p.timestamp < now() - days * INTERVAL '1 day'
-        ORDER BY p.timestamp LIMIT 5000)
-    AND EXISTS (SELECT FROM power_logs p WHERE p.timestamp >= now() - days * INTERVAL '1 day')
+    DELETE FROM power_logs WHERE timestamp < now() - days * INTERVAL '1 day' AND ctid = ANY (ARRAY(
+        SELECT p.ctid FROM power_logs p WHERE p.timestamp < now() - days * INTERVAL '1 day' ORDER BY p.timestamp LIMIT 5000))
+    AND (SELECT max(p.timestamp) FROM power_logs p) >= now() - days * INTERVAL '1 day'
 $$;
 
 -- The number of this file. The collector applies it where the database holds a lower one: raise it with each change.

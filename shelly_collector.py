@@ -32,12 +32,13 @@ import sys
 import time
 import zlib
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import parse_qsl, quote, unquote, unquote_plus
 
 import msgspec
 import psycopg
@@ -186,11 +187,6 @@ class Component(msgspec.Struct, gc=False):
     aenergy: Energy | UnsetType | None = UNSET
 
 
-class Named(msgspec.Struct, gc=False):  # a part of a device's configuration, as far as its owner named it
-    name: str | None = None
-    device: "Named | None" = None  # sys has it one step further in
-
-
 class Frame(msgspec.Struct, gc=False):
     src: str
     id: Raw = Raw(b"")  # of an answer
@@ -204,7 +200,6 @@ class Frame(msgspec.Struct, gc=False):
 decode = msgspec.json.Decoder(Frame).decode
 decode_component = msgspec.json.Decoder(Component | None).decode
 ID_OF_CONFIG = Raw(b"3")  # as in GET_CONFIG
-decode_named = msgspec.json.Decoder(Named | None).decode
 
 
 def decode_frame(text: str | bytes) -> tuple[Frame, dict[str, Raw], bool]:
@@ -256,7 +251,7 @@ class Collector:  # the state that handlers, writer and health page share
     pool: AsyncConnectionPool | None = None  # there is one: the database has answered, and the table is prepared
     aside: AsyncConnectionPool | None = None  # for whatever is no row, so that none ever waits for it
     look_token: str = ""  # of the page's link
-    names: dict[str, dict[str, str | None]] = field(default_factory=dict)  # to be written: by device and component
+    names: dict[str, str] = field(default_factory=dict)  # in the configurations of devices: to be written
     insert: str = ""  # the statement that fits the table, once that is prepared
     preparing: bool = False  # schema.sql is being applied, which takes long on a long table
     failures: int = 0  # of the database since the last batch that was written; from the second on it is an outage,
@@ -318,7 +313,8 @@ def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes
             complain(collector, src + key, "%s %s: passed over: %s", src, key, exc)
             continue
         known = collector.channels.get(src + key)
-        channel = known or Channel(src, key)
+        late = known is not None and frame.received is not None and now < known.heard  # what is known is newer
+        channel = Channel(src, key) if known is None or late else known
         if component is None or not lay_over(channel, component, whole, now):
             continue
         if known is None:
@@ -347,11 +343,10 @@ def time_of(frame: Frame, now: float) -> float:
 
 
 def note_names(collector: Collector, src: str, config: dict[str, Raw]) -> str:
-    """Keep what a device's configuration calls it and its channels until that is written; raises ValueError."""
-    if len(collector.names) < MOST_DEVICES:
-        named = {key: decode_named(raw) for key, raw in config.items() if key in collector.kept or key == "sys"}
-        named[""] = (named.pop("sys", None) or Named()).device
-        collector.names[src] = {key: part and part.name and part.name[:100] for key, part in named.items()}
+    """Keep what a device's configuration says of itself and its channels until note_names of schema.sql has read it."""
+    told = msgspec.json.encode({key: part for key, part in config.items() if key in collector.kept or key == "sys"})
+    if len(collector.names) < MOST_DEVICES and len(told) < 32_768:
+        collector.names[src] = told.decode()
     return ""
 
 
@@ -657,7 +652,7 @@ async def open_database(collector: Collector) -> AsyncConnectionPool:
     return pool
 
 
-async def ask_aside(collector: Collector, question: str, values: list[Any], first: str = "") -> Any:
+async def ask_aside(collector: Collector, question: str, values: Sequence[Any], first: str = "") -> Any:
     """What a function of schema.sql returns, `first` being said at its transaction's begin; raises DATABASE_ERRORS."""
     if collector.aside is None or collector.pool is None or collector.failures:
         raise OSError("the database is away")
@@ -674,14 +669,14 @@ async def tend_table(collector: Collector) -> None:
         if collector.pool is None or collector.failures:
             continue
         named, collector.names, days = collector.names, {}, collector.settings.retention_days
-        work: list[tuple[str, list[Any]]] = []
-        work += [("note_names(%s, %s, %s)", [device, [*said], [*said.values()]]) for device, said in named.items()]
-        work += [("forget_rows(%s)", [days])] if days else []
-        for question, values in work:
+        work: list[Any] = [("note_names(%s, %s)", said) for said in named.items()]
+        for question, values in work + ([("forget_rows(%s)", [days])] if days else []):
             try:
                 await within(ANSWER_TIMEOUT, ask_aside(collector, question, values))
             except DATABASE_ERRORS as exc:
                 complain(collector, question, "%s has failed: %s", question.partition("(")[0], one_line(exc))
+                if isinstance(exc, psycopg.OperationalError | OSError):  # away, or busy: again, and not refused
+                    collector.names = named | collector.names
 
 
 # ---- Embedded PostgreSQL: the same database, from a wheel's programs, for a first look and a small site. ------------
@@ -829,7 +824,7 @@ def take_message(collector: Collector, link: DeviceConnection, text: str | bytes
 # ---- HTTP: health, who may connect, and the answers to the owner's questions. ---------------------------------------
 QUESTIONS = ("channels", "power", "cycles", "energy", "coverage")  # power_answer of schema.sql knows their functions
 LOOK = "SET TRANSACTION READ ONLY; SET LOCAL statement_timeout = '5s'"
-LOOK_TIMEOUT = 9.0  # a slot for a question, and its answer: websockets closes after 10
+LOOK_TIMEOUT = 8.0  # a slot for a question, and its answer, or 503 a second later: websockets closes after 10
 PRIVATE = {"Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
@@ -837,7 +832,6 @@ async def answer_request(collector: Collector, connection: ServerConnection, req
     """The answer to a plain HTTP request, or None to go on to the WebSocket."""
     path, _, query = request.path.partition("?")
     token, headers = collector.settings.collector_token, request.headers
-    given = ([unquote(part[6:]) for part in query.split("&") if part.startswith("token=")] or [""])[0].encode()
     host, origin, upgrade = (",".join(headers.get_all(name)).lower() for name in ("Host", "Origin", "Upgrade"))
     get = request.method in ("GET", "HEAD") and "websocket" not in upgrade
     if path in ("/", "/health") and get:
@@ -847,7 +841,7 @@ async def answer_request(collector: Collector, connection: ServerConnection, req
         response = put(connection.respond(200, ""), metrics_text(collector), kind)
     elif path.startswith(("/dashboard", "/data")) and get:
         response = connection.respond(401, "The link lacks the right ?token=, which the log and --check show.\n")
-        if collector.look_token and hmac.compare_digest(given, collector.look_token.encode()):
+        if opens(query, collector.look_token):
             response = await answer_owner(collector, connection, path, query)
         if len(response.body) > 1000 and "gzip" in headers.get("Accept-Encoding", ""):
             body = await asyncio.to_thread(zlib.compress, response.body, 5, 31)
@@ -858,7 +852,7 @@ async def answer_request(collector: Collector, connection: ServerConnection, req
     elif not upgrade:
         response = connection.respond(426, "This is a WebSocket endpoint.\n")
         response.headers["Upgrade"] = "websocket"
-    elif token is not None and not hmac.compare_digest(given, token.encode()):
+    elif token is not None and not opens(query, token):
         response = connection.respond(401, "The URL lacks the right ?token=\n")
     elif token is None and origin and origin.partition("://")[2] != host:  # only a browser sends an Origin
         response = connection.respond(403, "No page of another site may send rows.\n")
@@ -869,6 +863,13 @@ async def answer_request(collector: Collector, connection: ServerConnection, req
         complain(collector, who, "%s refused: %s", who, response.body.decode().strip())
     response.body = b"" if request.method == "HEAD" else response.body
     return response
+
+
+def opens(query: str, token: str) -> bool:
+    """Whether a URL carries the token, in which a blank may be + or %20."""
+    given = [part[6:] for part in query.split("&") if part.startswith("token=")][:1]
+    ways = [read(text).encode() for text in given for read in (unquote, unquote_plus)]
+    return token != "" and any(hmac.compare_digest(way, token.encode()) for way in ways)
 
 
 def put(response: Response, body: str | bytes | bytearray, headers: dict[str, str]) -> Response:
@@ -892,7 +893,7 @@ rows waiting: {len(collector.outbox)}
 last write: {time.strftime(ISO, time.gmtime(collector.last_write)) if collector.last_write else "never"}
 rows dropped: {collector.outbox.dropped}
 """
-    if not silent.isdecimal():
+    if not re.fullmatch(r"[0-9]{1,9}", silent):
         return 400, "silent makes no sense: it is a number of seconds\n"
     count = sum(int(silent) < now - channel.heard < 86_400 for channel in collector.channels.values())
     return (503, f"{text}channels silent: {count}\n") if count else (200, text)
@@ -936,7 +937,7 @@ async def answer_owner(collector: Collector, connection: ServerConnection, path:
     """The page, or the answer to a question, which PostgreSQL makes whole."""
     name, _, form = path.removeprefix("/data/").partition(".")
     given = {key: text.replace("\0", "?") for key, text in parse_qsl(query) if key != "token"}
-    told, error = msgspec.json.encode(in_force(collector.settings)).decode(), psycopg.errors
+    told = msgspec.json.encode(in_force(collector.settings)).decode()
     if path == "/dashboard":
         return make_page(connection.respond(200, ""), told)
     if name not in QUESTIONS or form not in ("json", "csv"):
@@ -944,14 +945,14 @@ async def answer_owner(collector: Collector, connection: ServerConnection, path:
     try:
         values = [name, form, msgspec.json.encode(given).decode(), told]
         asked = ask_aside(collector, "convert_to(power_answer(%s, %s, %s, %s), 'UTF8')", values, LOOK)
+        body = b"\xef\xbb\xbf" * (given.get("excel") == "1") + await within(LOOK_TIMEOUT, asked)
         kind = "application/json" if form == "json" else "text/csv; charset=utf-8"
-        return put(connection.respond(200, ""), bytes(await within(LOOK_TIMEOUT, asked)), {"Content-Type": kind})
-    except psycopg.DataError as exc:  # power_answer's word on a parameter
-        return connection.respond(400, f"{one_line(exc)}\n")
-    except (PoolTimeout, TooManyRequests, TimeoutError, error.QueryCanceled, error.ProgramLimitExceeded):
+        return put(connection.respond(200, ""), body, {"Content-Type": kind})
+    except (PoolTimeout, TooManyRequests, TimeoutError, psycopg.errors.QueryCanceled):
         return connection.respond(503, "Too much at a time: ask for less, or for one device, or in some seconds.\n")
-    except DATABASE_ERRORS as exc:
-        return connection.respond(503, f"No answer: {one_line(exc)}\n")
+    except DATABASE_ERRORS as exc:  # a DataError is power_answer's word on a parameter
+        status, text = (400, "") if isinstance(exc, psycopg.DataError) else (503, "No answer: ")
+        return connection.respond(status, f"{text}{one_line(exc)}\n")
 
 
 def make_page(response: Response, told: str) -> Response:

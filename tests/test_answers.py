@@ -278,6 +278,9 @@ COUNTERS = [
     ([1000, 1010, 1002, 1005], 13, 0),  # digits lost at a reboot
     ([1000, 900, 901], 1, 0),  # not below 0.9 of it
     ([1_400_000, 1_400_010, 0, 1_400_020, 1_400_030], 20, 1),  # 0 for a minute
+    ([1_400_000, 0, *[None] * 600, 1_400_010, 1_400_020], 10, 1),  # and no rows for hours meanwhile
+    ([1000, 0, 1020, 0, 1040], 0, 2),  # not reported in every second row, as in the first system's tables
+    ([1000, 0, 20, 40], 40, 1),  # set to 0 for good
     ([0, 1600, 1600], 1600, 0),  # 96 kW
     ([0, 1700, 1701], 1, 0),  # 102 kW
     ([0, *[None] * 59, 90_000], 90_000, 0),  # 90 kW for an hour
@@ -409,18 +412,21 @@ def test_channels_are_shown_with_the_names_of_them_and_of_their_device(table):
 # The same questions, answered by plain Python over random tables. Times are minutes, a row is (minute, W, Wh).
 
 
-def rise(row, later):
+def rise(before, row, later):
+    if before and row[2] == 0 < before[2] and later[2] >= 0.9 * before[2]:
+        return 0  # not reported, and back
     risen = later[2] if later[2] < 0.9 * row[2] else later[2] - row[2]
     return risen if 0 < risen <= 100_000 * (later[0] - row[0]) / 60 else 0
 
 
 def expected_runs(rows, since, until, gap, min_duration, floor, length, far=False):
     reach, running, found = max(gap, 1.5 * length), [], []
-    for row, later in itertools.zip_longest(rows, rows[1:]):
+    for before, row, later in zip([None, *rows], rows, [*rows[1:], None], strict=False):
         (at, watt, _), span, most = row, length, max(row[1], 0) * length / 60
         if later and far and later[0] - at > reach and later[0] >= until:
             later = None  # as for one who does not look that far beyond the window
-        energy = rise(row, later) if later else most
+        before = before if before and before[0] > since - min_duration - reach else None
+        energy = rise(before, row, later) if later else most
         if later and later[0] - at <= reach:
             span = later[0] - at  # the row stands for all the time until the next one
         else:
@@ -443,11 +449,12 @@ def expected_runs(rows, since, until, gap, min_duration, floor, length, far=Fals
 
 def expected_days(rows, since, until, zone):
     days = {}
-    for row, later in itertools.zip_longest(rows, rows[1:]):
+    for before, row, later in zip([None, *rows], rows, [*rows[1:], None], strict=False):
         if since <= row[0] < until:
+            before = before if before and before[0] >= since else None
             day = (NOON + minutes(row[0])).astimezone(ZoneInfo(zone)).date()
             wh, count = days.get(day, (0, 0))
-            days[day] = (wh + (rise(row, later) if later else 0), count + 1)
+            days[day] = (wh + (rise(before, row, later) if later else 0), count + 1)
     return [(day, *numbers) for day, numbers in days.items()]
 
 

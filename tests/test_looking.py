@@ -123,6 +123,17 @@ async def test_a_token_is_made_once_and_kept_for_oneself_and_shown_as_a_link(col
     assert re.findall("token=([0-9a-f]{32})\n", running.log)[1] == kept.read_text().strip() != token
 
 
+async def test_a_token_may_hold_a_blank_or_a_plus_however_the_url_writes_it(collectors, database):
+    running = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="my pass+word").ready()
+    for written, status in (
+        ("my%20pass%2Bword", 200),
+        ("my+pass%2Bword", 200),
+        ("my%20pass+word", 200),
+        ("mypassword", 401),
+    ):
+        assert running.get(f"/data/channels.json?token={written}")[0] == status
+
+
 async def test_check_makes_no_token_and_shows_a_set_one_as_a_link_alone(tmp_path, database):
     def check(**env):
         base = {"PATH": os.environ["PATH"], "DATABASE_URL": database, "PORT": "1"}
@@ -335,6 +346,8 @@ async def test_health_tells_of_a_channel_that_has_gone_silent(collectors, databa
         await peer.send(minute_frame("c") | {"received": time.time() - 24.5 * 3600})  # dead for a day: known to be so
         await wait_for_rows(database, 4)
         assert running.get("/health?silent=600")[0] == 200
+    for nonsense in ("soon", "-1", "9" * 5000, "٣"):
+        assert running.get(f"/health?silent={urllib.parse.quote(nonsense)}")[0] == 400
     assert running.get("/health?silent=soon") == (400, "silent makes no sense: it is a number of seconds\n")
 
 
@@ -349,6 +362,18 @@ async def test_frames_that_a_filter_held_back_land_in_the_minute_they_came_in(ma
     feed(collector, minute_frame() | {"received": now - 25 * 3600 + 1}, now)
     feed(collector, minute_frame() | {"received": None}, now + 60)
     assert [now - row.time for row in taken(collector)] == [25 * 3600, -60]
+
+
+async def test_a_frame_held_back_changes_nothing_of_what_is_known_since(make):
+    collector, now = make(), 1_795_435_200.0
+    feed(collector, minute_frame(apower=1.0), now)
+    feed(collector, minute_frame(apower=2000.0) | {"received": now - 3600}, now + 1)
+    feed(
+        collector, notify({"switch:0": {"apower": 3000.0}}) | {"received": now - 1800}, now + 2
+    )  # lacks the counter of then
+    feed(collector, notify({"switch:0": {"voltage": 229.0}}), now + 60)
+    assert [(row.time - now, row.apower_w) for row in taken(collector)] == [(0, 1.0), (-3600, 2000.0), (60, 1.0)]
+    assert collector.channels[DEVICE + "switch:0"].heard == now + 60
 
 
 async def test_names_follow_the_device_and_an_owners_own_name_wins(collectors, database):
@@ -384,6 +409,26 @@ async def test_names_follow_the_device_and_an_owners_own_name_wins(collectors, d
 
 def look_token(running):
     return Path(running.folder, "data", "dashboard-token").read_text().strip()
+
+
+async def test_names_that_a_busy_database_does_not_take_are_written_later(collectors, database):
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as peer:
+        with psycopg.connect(database) as conn:
+            conn.execute("LOCK TABLE channel_names")
+            await peer.send({"id": 2, "src": DEVICE, "result": minute_frame()["params"]})
+            assert await peer.websocket.recv() == sc.GET_CONFIG
+            await peer.send(
+                {
+                    "id": 3,
+                    "src": DEVICE,
+                    "result": {"switch:0": {"name": "Pump"}, "switch:1": 7, "input:0": {"name": "x"}},
+                }
+            )
+            await wait_for(lambda: "WARNING note_names has failed" in running.log)
+        said = "SELECT channel, device_says FROM channel_names"
+        with psycopg.connect(database, autocommit=True) as conn:
+            assert await wait_for(lambda: conn.execute(said).fetchall()) == [("switch:0", "Pump")]
 
 
 async def test_names_that_cannot_be_written_are_a_warning_and_rows_go_on(collectors, database):
