@@ -298,10 +298,13 @@ BEGIN
             RAISE invalid_parameter_value USING MESSAGE = format('%s makes no sense: %L', parameter.key, left(parameter.value, 80));
         END IF;
     END LOOP;
+    -- A steady load is told once a minute, however short the interval is.
     SELECT * INTO v FROM jsonb_to_record(jsonb_build_object(
-        'since', now() - (in_force ->> 'days')::int * INTERVAL '1 day', 'until', now(), 'zone', 'UTC',
-        'gap', in_force -> 'gap_s', 'min_duration', in_force -> 'min_duration_s', 'row_length', in_force -> 'row_length_s',
-        'min_power_w', in_force -> CASE question WHEN 'coverage' THEN 'kept_above_w' ELSE 'floor_w' END) || given) AS p (since TIMESTAMPTZ, until TIMESTAMPTZ, step INTERVAL,
+        'since', now() - (in_force ->> 'default_days_history')::int * INTERVAL '1 day', 'until', now(), 'zone', 'UTC',
+        'gap', (in_force ->> 'gap_threshold_minutes')::float * INTERVAL '1 minute',
+        'min_duration', (in_force ->> 'min_cycle_duration_minutes')::float * INTERVAL '1 minute',
+        'row_length', greatest(60, (in_force ->> 'throttle_interval_seconds')::float),
+        'min_power_w', coalesce((in_force ->> 'min_power_w')::float, CASE question WHEN 'cycles' THEN 10 END)) || given) AS p (since TIMESTAMPTZ, until TIMESTAMPTZ, step INTERVAL,
         gap INTERVAL, min_duration INTERVAL, min_power_w FLOAT, row_length INTERVAL, zone TEXT, device TEXT, channel TEXT);
 
     -- The columns are the function's own; their types say how they are written.

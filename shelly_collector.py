@@ -823,6 +823,8 @@ def take_message(collector: Collector, link: DeviceConnection, text: str | bytes
 
 # ---- HTTP: health, who may connect, and the answers to the owner's questions. ---------------------------------------
 QUESTIONS = ("channels", "power", "cycles", "energy", "coverage")  # power_answer of schema.sql knows their functions
+TOLD = """default_days_history gap_threshold_minutes min_cycle_duration_minutes min_power_w throttle_interval_seconds
+    price_per_kwh"""  # settings that the page and power_answer go by
 LOOK = "SET TRANSACTION READ ONLY; SET LOCAL statement_timeout = '5s'"
 LOOK_TIMEOUT = 8.0  # a slot for a question, and its answer, or 503 a second later: websockets closes after 10
 PRIVATE = {"Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
@@ -917,33 +919,19 @@ def metrics_text(collector: Collector) -> str:
     return "".join(text.format(name, kinds[name], value) for name, value in values.items())
 
 
-def in_force(settings: Settings) -> dict[str, Any]:
-    """What the page and power_answer of schema.sql go by."""
-    floor_w, price = settings.min_power_w, PRICE.fullmatch(settings.price_per_kwh or "")
-    return {
-        "days": settings.default_days_history,
-        "gap_s": settings.gap_threshold_minutes * 60,
-        "min_duration_s": settings.min_cycle_duration_minutes * 60,
-        "floor_w": 10.0 if floor_w is None else floor_w,
-        "kept_above_w": floor_w,
-        "row_length_s": max(60.0, settings.throttle_interval_seconds),  # of a steady load devices tell once a minute
-        "price": price and float(price[1].replace(",", ".")),
-        "currency": price and price[2],
-        "device_url": device_url(settings, "?token=…" if settings.collector_token else ""),
-    }
-
-
 async def answer_owner(collector: Collector, connection: ServerConnection, path: str, query: str) -> Response:
     """The page, or the answer to a question, which PostgreSQL makes whole."""
     name, _, form = path.removeprefix("/data/").partition(".")
     given = {key: text.replace("\0", "?") for key, text in parse_qsl(query) if key != "token"}
-    told = msgspec.json.encode(in_force(collector.settings)).decode()
+    told = {setting: getattr(collector.settings, setting) for setting in TOLD.split()}
+    told["device_url"] = device_url(collector.settings, "?token=…" if collector.settings.collector_token else "")
+    in_force = msgspec.json.encode(told).decode()
     if path == "/dashboard":
-        return make_page(connection.respond(200, ""), told)
+        return make_page(connection.respond(200, ""), in_force)
     if name not in QUESTIONS or form not in ("json", "csv"):
         return connection.respond(404, f"There are /data/NAME.json and .csv; NAME is {', '.join(QUESTIONS)}.\n")
     try:
-        values = [name, form, msgspec.json.encode(given).decode(), told]
+        values = [name, form, msgspec.json.encode(given).decode(), in_force]
         asked = ask_aside(collector, "convert_to(power_answer(%s, %s, %s, %s), 'UTF8')", values, LOOK)
         body = b"\xef\xbb\xbf" * (given.get("excel") == "1") + await within(LOOK_TIMEOUT, asked)
         kind = "application/json" if form == "json" else "text/csv; charset=utf-8"
@@ -955,14 +943,14 @@ async def answer_owner(collector: Collector, connection: ServerConnection, path:
         return connection.respond(status, f"{text}{one_line(exc)}\n")
 
 
-def make_page(response: Response, told: str) -> Response:
+def make_page(response: Response, in_force: str) -> Response:
     """dashboard.html with the settings in force, under a policy that lets nothing else run in it or reach out."""
     page = Path(__file__).with_name("dashboard.html").read_text(encoding="utf-8")
     parts = [page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0] for tag in ("script", "style")]
     script, style = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts)
     policy = f"""default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; \
 img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"""
-    page = page.replace(">null<", ">" + told.replace("<", r"\u003c") + "<", 1)
+    page = page.replace(">null<", ">" + in_force.replace("<", r"\u003c") + "<", 1)
     return put(response, page, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy})
 
 

@@ -103,8 +103,8 @@ async def test_the_page_may_run_its_own_script_only_and_shows_the_settings_in_fo
     assert len(body) < 60_000 and not re.search(r"(src|href)=.?https?:|@import", page)
     (told,) = re.findall(r'<script type="application/json" id="settings">(.*?)</script>', page)
     assert json.loads(told) == {
-        "days": 90, "gap_s": 180, "min_duration_s": 120, "floor_w": 25, "kept_above_w": 25, "row_length_s": 86400,
-        "price": 0.2516, "currency": "EUR", "device_url": "wss://x.example/a/ws?token=…",
+        "default_days_history": 90, "gap_threshold_minutes": 3, "min_cycle_duration_minutes": 2, "min_power_w": 25,
+        "throttle_interval_seconds": 86400, "price_per_kwh": "0,2516 EUR", "device_url": "wss://x.example/a/ws?token=…",
     }  # fmt: skip
 
 
