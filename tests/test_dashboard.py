@@ -1,0 +1,570 @@
+"""A person looks at the page: a real Chromium, on a real collector and a real PostgreSQL."""
+
+import asyncio
+import os
+import re
+import shutil
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+from zoneinfo import ZoneInfo
+
+import psycopg
+import pytest
+import pytest_asyncio
+from conftest import ROOT, device, execute, minute_frame, read_rows, wait_for, wait_for_rows
+
+api = pytest.importorskip("playwright.async_api", reason="no Playwright: pip install -r tests/requirements.txt")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [  # one browser for all tests of a worker
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: sudo apt install chromium"),
+    pytest.mark.asyncio(loop_scope="module"),
+]
+expect = api.expect
+expect.set_options(timeout=15_000)
+QUIET = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+ZONE = "Europe/Paris"
+HOUSE, PUMP, HEATER, FRIDGE = "shellypro4pm-a1b2c3d4e5f6", "switch:0", "switch:1", "switch:2"
+# Power by the minutes `m` since the first row, or `ago` before now. The counter goes on where no row is kept.
+ROWS = """INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)
+    SELECT t, %(device)s, %(channel)s, w, 230.2, w / 230.2, counter FROM (
+        SELECT *, 1000 + coalesce(sum(w) OVER (ORDER BY t ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) / 60 AS counter
+        FROM (SELECT t, m, ago, ({watts})::float AS w FROM generate_series(date_trunc('minute', {since}), {until}, '1 minute') t,
+              LATERAL (SELECT (date_part('epoch', t - date_trunc('minute', {since})) / 60)::int AS m,
+                              (date_part('epoch', date_trunc('minute', now()) - t) / 60)::int AS ago) x) r) r WHERE {kept}"""
+
+
+def put_rows(database, channel, watts, since="now() - INTERVAL '20 h'", until="now()", kept="true", device=HOUSE):
+    with psycopg.connect(database) as conn:
+        statement = ROWS.format(watts=watts.replace("%", "%%"), since=since, until=until, kept=kept.replace("%", "%%"))
+        conn.execute(statement, {"device": device, "channel": channel})
+
+
+def put_house(database):
+    """A pump that runs since 14 minutes, and for an hour was not heard; a heater that is off since 90; a silent fridge."""
+    pump = "CASE WHEN ago <= 14 OR m % 200 < 37 AND ago > 60 THEN 812.3 ELSE 0 END"
+    put_rows(database, PUMP, pump, kept="ago NOT BETWEEN 301 AND 360")
+    put_rows(database, HEATER, "CASE WHEN ago > 90 AND m % 250 < 125 THEN 1850.7 ELSE 1.5 END")
+    put_rows(database, FRIDGE, "CASE WHEN m % 40 < 12 THEN 90.4 ELSE 2 END", until="now() - INTERVAL '3 h'")
+    names = [f"('{HOUSE}', '{key}', '{name}')" for key, name in ((PUMP, "Well pump"), (HEATER, "Heater"))]
+    execute(database, f"INSERT INTO channel_names (device_id, channel, name) VALUES {','.join(names)}")
+
+
+def query(database, question, *values):
+    with psycopg.connect(database) as conn:
+        conn.execute(f"SET TimeZone = '{ZONE}'")
+        return conn.execute(question, values).fetchall()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser():
+    async with api.async_playwright() as playwright:
+        started = await playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET.split())
+        yield started
+        await started.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def look(browser):
+    """Opens pages. Whatever a test does: no message in the console, no error, no dialog, no request to another host."""
+    contexts, seen = [], []
+
+    async def open_page(running, query="", link=None, own_clock=False, **options):
+        given = {"locale": "en-GB", "timezone_id": ZONE, "viewport": {"width": 1280, "height": 900}} | options
+        contexts.append(await browser.new_context(**given))
+        page, own = await contexts[-1].new_page(), f"http://127.0.0.1:{running.port}/"
+        page.set_default_timeout(15_000)
+        page.on("console", lambda message: seen.append(message.text))
+        page.on("pageerror", lambda error: seen.append(str(error)))
+        page.on("request", lambda request: request.url.startswith((own, "data:,")) or seen.append(request.url))
+        page.on("dialog", lambda dialog: (seen.append(dialog.message), asyncio.ensure_future(dialog.dismiss())))
+        if own_clock:
+            await page.clock.install()
+        await page.goto(link or f"{own}dashboard?token=look{query}")
+        await settled(page)
+        return page
+
+    open_page.seen = seen
+    yield open_page
+    for context in contexts:
+        await context.close()
+    assert seen == []
+
+
+@pytest.fixture
+def start(collectors, database):
+    return lambda **env: collectors(**{"DATABASE_URL": database, "DASHBOARD_TOKEN": "look", "THROTTLE_INTERVAL_SECONDS": "60"} | env).ready()  # fmt: skip
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def running(start, database):
+    started = await start()
+    put_house(database)
+    return started
+
+
+FRAME = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+
+
+async def settled(page):
+    """Everything is asked, answered and drawn."""
+    await page.evaluate(FRAME)
+    await page.wait_for_selector("main[aria-busy=false]")
+    await page.evaluate(FRAME)
+
+
+def plain(found):
+    return re.sub(r"\s+", " ", found).strip()
+
+
+async def text(page, selector):
+    return plain(await page.locator(selector).first.inner_text())
+
+
+async def texts(page, selector):
+    return [plain(found) for found in await page.locator(selector).all_text_contents()]
+
+
+async def cells(page, table):
+    found = "rows => rows.map(row => [...row.cells].map(cell => cell.innerText))"
+    return [list(map(plain, row)) for row in await page.locator(f"{table} tbody tr").evaluate_all(found)]
+
+
+async def reload(page):
+    await page.reload()
+    await settled(page)
+
+
+def chosen(page):
+    """What the URL says."""
+    return {key: value for key, (value,) in parse_qs(urlsplit(page.url).query).items()}
+
+
+def zoomed(page):
+    return [datetime.fromisoformat(end) for end in chosen(page)["zoom"].split("/")]
+
+
+def clock(t):
+    return f"{t.astimezone(ZoneInfo(ZONE)):%H:%M}"
+
+
+def length(seconds):
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02}"
+
+
+def kwh(wh):
+    return f"{wh / 1000:.1f}" if wh >= 95 else f"{wh / 1000:.3f}".rstrip("0").rstrip(".")
+
+
+async def drag(page, picture, start, end):
+    """From one share of the chart's width to another."""
+    box = await picture.bounding_box()
+    at, y = [box["x"] + 50 + share * (box["width"] - 60) for share in (start, end)], box["y"] + 40
+    await page.mouse.move(at[0], y)
+    await page.mouse.down()
+    await page.mouse.move(sum(at) / 2, y)
+    await page.mouse.move(at[1], y)
+    await page.mouse.up()
+    await settled(page)
+
+
+async def test_the_link_of_the_log_shows_the_numbers_of_the_functions(start, database, look):
+    running = await start(DASHBOARD_TOKEN="")
+    since, until = "2026-10-24 00:00 Europe/Paris", "2026-10-27 00:00 Europe/Paris"  # the 25th has 25 hours
+    begin, end = "'2026-10-23 21:45+00'::timestamptz", "'2026-10-27 00:00+00'::timestamptz"
+    put_rows(database, PUMP, "CASE WHEN m % 200 < 37 THEN 812.3 ELSE 0 END", begin, end, "m NOT BETWEEN 700 AND 739")
+    put_rows(database, HEATER, "CASE WHEN m % 470 BETWEEN 100 AND 200 THEN 1850.7 + m % 7 ELSE 1.5 END", begin, end)
+    (link,) = re.findall(r"look at: (http://\S+)", running.log)
+    page = await look(running, link=f"{link}&from=2026-10-24T00:00&to=2026-10-27T00:00")
+
+    runs = query(database, "SELECT channel, started_at, ended_at, energy_wh, mean_w, max_w, mean_a, median_v, complete FROM power_cycles(%s, %s) ORDER BY 2 DESC", since, until)  # fmt: skip
+    shown = await cells(page, "#runs")
+    assert len(runs) == len(shown) > 30
+    for run, (channel, first, last, *values) in zip(runs, shown, strict=True):
+        name, started, ended, wh, mean, most, amperes, volts, complete = run
+        assert (channel, re.search(r"\d\d:\d\d", first)[0], re.search(r"\d\d:\d\d", last)[0]) == (name, clock(started), clock(ended))  # fmt: skip
+        assert values == [length(ended.timestamp() - started.timestamp()), kwh(wh), f"{mean:,.0f}", f"{most:,.0f}", f"{amperes:.2f}", f"{volts:.0f}"]  # fmt: skip
+        assert ("began earlier" in first) == (not complete and clock(started) == "00:00")
+    assert (await text(page, "#runs tfoot th")) == f"Total · {len(runs)} runs"
+    for link in ("#runscsv", "#runsexcel"):
+        answer = await page.request.get(await page.locator(link).evaluate("a => a.href"))
+        assert answer.ok and (await answer.text()).count("\n") == len(runs) + 1
+
+    await page.locator("#daytable summary").click()
+    days = query(database, "SELECT sum(energy_wh), sum(energy_wh) FILTER (WHERE channel = 'switch:0') FROM energy_by_day(%s, %s, %s) GROUP BY day ORDER BY day", since, until, ZONE)  # fmt: skip
+    assert [row[1:3] for row in await cells(page, "#energy")] == [[kwh(total), kwh(pump)] for total, pump in days]
+    assert len(days) == 3 and f"total {kwh(sum(total for total, _ in days))} kWh" in await text(page, "#energyrange")
+
+    missing = query(database, "SELECT channel, first_row, last_row, rows, missing, longest_gap, resets FROM coverage(%s, %s) ORDER BY 1", since, until)  # fmt: skip
+    for row, (channel, first, last, *values) in zip(missing, await cells(page, "#coverage"), strict=True):
+        assert (channel, first[-5:], last[-5:]) == (row[0], clock(row[1]), clock(row[2]))
+        assert values == [f"{row[3]:,}", str(row[4]), length(row[5].total_seconds()) if row[5] else "–", str(row[6])]
+    share = missing[0][3] / (missing[0][3] + missing[0][4])
+    assert await texts(page, ".share") == [f"{int(share * 1000) / 10:g} % of minutes", "100 % of minutes"] and share < 1
+
+
+async def test_it_says_what_runs_now_since_when_and_what_today_used(running, database, look):
+    page = await look(running)
+    midnight = datetime.now(ZoneInfo(ZONE)).replace(hour=0, minute=0, second=0, microsecond=0)
+    used = dict(query(database, "SELECT channel, sum(energy_wh) FROM energy_by_day(%s, now(), %s) WHERE day = %s GROUP BY 1", midnight, ZONE, midnight.date()))  # fmt: skip
+    runs = dict(query(database, "SELECT channel, count(*) FROM power_cycles(now() - INTERVAL '1 day') WHERE ended_at > %s GROUP BY 1", midnight))  # fmt: skip
+    ends = dict(query(database, "SELECT channel, max(ended_at) FROM power_cycles() GROUP BY 1"))
+    last = dict(query(database, "SELECT channel, timestamp FROM newest_rows()"))
+    assert await texts(page, ".name") == ["Well pump", "Heater", FRIDGE]
+    for channel, line in zip((PUMP, HEATER, FRIDGE), await texts(page, ".today"), strict=True):
+        count = runs.get(channel, 0)
+        assert line == f"today {kwh(used.get(channel, 0))} kWh · {count} run{'s' * (count != 1)}"
+    pump, heater, fridge = await texts(page, ".state")
+    assert re.fullmatch("running for 1[4-6] min", pump)
+    assert heater.startswith("off since ") and heater.endswith(clock(ends[HEATER]))
+    assert fridge.startswith("no data since ") and fridge.endswith(clock(last[FRIDGE] + timedelta(minutes=1)))
+    assert await texts(page, ".now") == ["812 W", "1.5 W", "–"]
+    assert (await texts(page, "#runs tbody td:nth-child(3)"))[0] == "still running"
+    assert re.fullmatch(r"up to date \d\d:\d\d", await text(page, "#health"))
+
+
+async def test_a_gap_is_hatched_and_no_line_crosses_it(running, look):
+    page = await look(running)
+    strip = page.locator(".strip").first
+    box = await strip.locator("rect.gap").nth(1).bounding_box()  # the first is before the first row
+    path = await strip.locator("path.mean").get_attribute("d")
+    left = (await strip.locator("svg.picture").bounding_box())["x"]
+    pieces = [[float(x) for x in re.findall(r"[MH]([-\d.]+)", piece)] for piece in re.findall("M[^M]+", path)]
+    assert await strip.locator("rect.gap").count() == 2 and len(pieces) == 2
+    assert pieces[0][-1] == pytest.approx(box["x"] - left, abs=2)
+    assert pieces[1][0] == pytest.approx(box["x"] + box["width"] - left, abs=2)
+    assert box["width"] == pytest.approx(1120 / 24, abs=4)
+    await page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 20)
+    assert re.search(r"no data for (≈ )?(1 h 00|5[89] min|1 h 02)$", await text(page, ".strip .readout"))
+
+
+async def test_where_rows_are_kept_only_while_it_runs_the_rest_is_off(start, database, look):
+    running = await start(MIN_POWER_W="20")
+    put_rows(database, PUMP, "CASE WHEN m % 200 < 37 AND ago > 60 THEN 812.3 ELSE 0 END", "now() - INTERVAL '25 h'", kept="(m % 200 < 38 AND ago > 60 OR ago = 60) AND m % 200 NOT BETWEEN 10 AND 24")  # fmt: skip
+    page = await look(running)
+    assert (await text(page, ".state")).startswith("off since ") and await text(page, ".now") == "0 W"
+    assert await page.locator("#floor").input_value() == "20"
+    gaps = [await gap.bounding_box() for gap in await page.locator("rect.gap").all()]
+    assert 6 <= len(gaps) <= 8 and all(gap["width"] < 1120 * 20 / 1440 for gap in gaps)  # the holes within its runs
+    await page.mouse.move(gaps[1]["x"] - 50, gaps[1]["y"] + 20)
+    assert (await text(page, ".readout")).endswith("off (rows are kept only while it runs)")
+
+
+async def test_a_period_is_in_the_url_and_in_the_titles_and_survives_a_reload(running, look):
+    page = await look(running)
+
+    async def shows(period, pressed, **state):
+        for settle in (settled, reload):
+            await settle(page)
+            assert {key: chosen(page).get(key) for key in ("days", "from", "to")} == {"days": None, "from": None, "to": None} | state  # fmt: skip
+            titles = [await text(page, "#period"), await text(page, "#runsrange"), (await page.title()).split(" · ")[0]]
+            assert all(re.fullmatch(period, title, re.IGNORECASE) for title in titles), titles
+            assert len({title.lower() for title in titles}) == 1
+            assert await texts(page, "#periods [aria-pressed=true]") == pressed
+
+    await shows("last 24 hours", ["24 h"], days="1")
+    now = datetime.now(ZoneInfo(ZONE))
+    assert (await text(page, "#range"))[-5:] in (clock(now), clock(now - timedelta(minutes=1)))
+    ticks = await texts(page, ".strip:first-child .grid text[text-anchor=middle]")
+    assert len(ticks) >= 6 and all(re.fullmatch(r"\d\d:00|\d+ \w+", tick) for tick in ticks)
+    await page.get_by_role("button", name="7 d", exact=True).click()
+    await shows("last 7 days", ["7 d"], days="7")
+    for field, value in (("from", "2026-10-24T12:00"), ("to", "2026-10-25T13:30")):
+        await page.locator(f"#{field}").fill(value)
+    await expect(page).to_have_url(re.compile("to=2026"))
+    await shows(r".*24.* 12:00 – .*25.* 13:30", [], **{"from": "2026-10-24T12:00", "to": "2026-10-25T13:30"})
+    await page.locator("#to").fill("2026-10-23T00:00")
+    await expect(page.locator("#notice")).to_have_text("the start must be before the end")
+    assert chosen(page)["to"] == "2026-10-25T13:30"
+    await page.get_by_role("button", name="24 h", exact=True).click()
+    await shows("last 24 hours", ["24 h"], days="1")
+
+
+async def test_a_click_on_a_column_sorts_the_runs(running, look):
+    page = await look(running)
+
+    def minutes(shown):
+        return sum(int(part) * unit for part, unit in zip(reversed(re.findall(r"\d+", shown)), (1, 60), strict=False))
+
+    up, down = "ascending", "descending"
+    for name, number, value, ways in (
+        ("channel", 1, str.lower, (up, down)), ("meanW", 6, lambda shown: float(shown.replace(",", "")), (down, up)),
+        ("kWh", 5, float, (down, up)), ("duration", 4, minutes, (down, up)),
+    ):  # fmt: skip
+        for way in ways:
+            await page.locator(f"#runs th[data-word={name}] button").click()
+            await settled(page)
+            head = page.locator("#runs th[aria-sort]")
+            assert (await head.get_attribute("data-word"), await head.get_attribute("aria-sort")) == (name, way)
+            values = [value(row[number - 1]) for row in await cells(page, "#runs")]
+            assert values == sorted(values, reverse=way == down) and len(set(values)) > 2
+    assert chosen(page)["sort"] == "duration"
+    await reload(page)
+    assert await page.locator("#runs th[aria-sort=ascending]").get_attribute("data-word") == "duration"
+
+
+async def test_a_drag_zooms_and_there_is_a_way_back(running, look):
+    page = await look(running)
+    picture = page.locator("svg.picture").first
+    wide = await picture.locator("path.mean").get_attribute("d")
+    for back in (
+        lambda: page.keyboard.press("Escape"),
+        lambda: page.get_by_role("button", name="whole period").click(),
+        lambda: picture.dblclick(position={"x": 300, "y": 40}),
+    ):
+        now = datetime.now(ZoneInfo("UTC"))
+        await drag(page, picture, 0.5, 0.75)
+        for end, hours in zip(zoomed(page), (12, 6), strict=True):
+            assert abs(now - timedelta(hours=hours) - end) < timedelta(minutes=3)
+            assert clock(end) in await text(page, "#zoomtext")
+        fine = await picture.locator("path.mean").get_attribute("d")
+        assert fine != wide and await page.evaluate("got.fine.step") == 60_000  # from a question of its own
+        await reload(page)
+        assert await page.locator("#zoombar").is_visible() and "zoom" in chosen(page)
+        await back()
+        await settled(page)
+        assert await page.locator("#zoombar").is_hidden() and "zoom" not in chosen(page)
+
+
+async def test_keys_on_a_chart_show_values_and_zoom(running, look):
+    page = await look(running)
+    picture = page.locator("svg.picture").first
+    await picture.focus()
+    await page.keyboard.press("ArrowLeft")
+    now = await text(page, ".strip .readout")
+    assert re.search(r"\d\d:\d\d.* · mean 812 W · maximum 812 W · run \d\d:\d\d – ", now)
+    assert await text(page, "#live") == now
+    for key in ("ArrowLeft", "Shift+ArrowLeft", "ArrowRight"):
+        await page.keyboard.press(key)
+    assert "mean 0 W" in await text(page, ".strip .readout")
+    _, heater, fridge = await texts(page, ".readout")
+    assert heater == "1.5 W" and re.match("no data for (≈ )?[23] h", fridge)
+    await page.keyboard.press("+")
+    await settled(page)
+    first, last = zoomed(page)
+    assert abs(last - first - timedelta(hours=12)) < timedelta(minutes=3)
+    await page.keyboard.press("-")
+    await settled(page)
+    assert "zoom" not in chosen(page)
+    await page.keyboard.press("Tab")
+    assert await texts(page, ".readout") == ["", "", ""]
+
+
+EN = ["en", "running for 1", "off since ", "no data since ", "today", "Energy per day", "Runs", "What is missing", "Start", "Duration", "Mean W", "from", "24 h", "7 d", "1.5 W"]  # fmt: skip
+FR = ["fr", "en marche depuis 1", "arrêté depuis ", "pas de données depuis ", "aujourd'hui", "Énergie par jour", "Cycles", "Ce qui manque", "Début", "Durée", "W moyen", "de", "24 h", "7 j", "1,5 W"]  # fmt: skip
+
+
+async def test_it_speaks_the_language_of_the_browser_or_the_one_that_is_chosen(running, look):
+    async def speaks(page, words):
+        await settled(page)
+        assert await page.locator("html").get_attribute("lang") == words[0]
+        everything = plain(await page.locator("body").inner_text())
+        assert [word for word in words[1:] if word not in everything] == []
+        assert bool(re.search(r"\d h \d\d", await text(page, "#health"))) == (words is FR)
+
+    for locale, words in (("fr-CA", FR), ("de-DE", EN), ("en-GB", EN)):
+        page = await look(running, locale=locale)
+        await speaks(page, words)
+        assert "lang" not in chosen(page)
+    await page.get_by_role("button", name="Français").click()
+    await speaks(page, FR)
+    await page.reload()
+    await speaks(page, FR)
+    assert chosen(page)["lang"] == "fr"
+    await page.get_by_role("button", name="English").click()
+    await speaks(page, EN)
+
+
+CONTRASTS = """() => {
+    const parse = colour => colour.match(/[\\d.]+/g).map(Number), light = c => c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4;
+    const shine = ([r, g, b]) => 0.2126 * light(r) + 0.7152 * light(g) + 0.0722 * light(b);
+    const behind = el => { const c = parse(getComputedStyle(el).backgroundColor); return c[3] === 0 && el.parentElement ? behind(el.parentElement) : c; };
+    return [...document.querySelectorAll("h1, h2, h3, p, button, label span, input, summary, th, td, .now, .state, .today, .share, a, svg text, .legend li")].map(el => {
+        const style = getComputedStyle(el), [a, b] = [shine(parse(el.closest("svg") ? style.fill : style.color)), shine(behind(el))].sort((a, b) => b - a);
+        return [(a + 0.05) / (b + 0.05), el.outerHTML.slice(0, 80)];
+    });
+}"""
+
+
+async def test_it_fits_a_phone_and_is_dark_where_the_system_is(running, database, look):
+    long = "A name that is too long for a phone, and ends " + "withoutablank" * 8
+    execute(database, f"UPDATE channel_names SET name = '{long}' WHERE channel = 'switch:1'")
+    backgrounds = {}
+    for scheme, locale in (("light", "en-GB"), ("dark", "fr-FR")):
+        page = await look(running, viewport={"width": 360, "height": 740}, color_scheme=scheme, locale=locale, has_touch=True)  # fmt: skip
+        backgrounds[scheme] = await page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert [found for found in await page.evaluate(CONTRASTS) if found[0] < 4.5] == []
+        for summary in await page.locator("summary").all():
+            await summary.click()
+        await page.locator("svg.picture").first.tap(position={"x": 250, "y": 30})
+        assert re.search("mean|moyenne", await text(page, ".strip .readout"))
+        await drag(page, page.locator("svg.picture").first, 0.2, 0.6)
+        assert await page.evaluate("document.documentElement.scrollWidth") <= 360
+        small = await page.evaluate("[...document.querySelectorAll('button')].filter(el => el.checkVisibility() && (el.offsetHeight < 24 || el.offsetWidth < 24)).map(el => el.outerHTML)")  # fmt: skip
+        assert small == []
+    assert len(set(backgrounds.values())) == 2
+
+
+async def test_names_of_others_are_only_ever_text(start, database, look):
+    running = await start()
+    bad = ["<img src=x onerror=alert(1)>", '"><script>alert(2)</script>']
+    channel, name, device_name = "<img src onerror=x>", "</title><b onclick=alert(3)>&amp;", "<svg/onload=alert(4)>"
+    for device_id in bad:
+        put_rows(database, channel, "500", device=device_id)
+        put_rows(database, PUMP, "m % 200", device=device_id, until="now() - INTERVAL '1 h'")
+    execute(database, f"INSERT INTO channel_names (device_id, channel, name) VALUES ('{bad[0]}', '{PUMP}', '{name}'), ('{bad[0]}', '', '{device_name}')")  # fmt: skip
+    page = await look(running)
+    labels = [f"{device_name} · {channel}", f"{device_name} · {name}", f"{bad[1]} · {channel}", f"{bad[1]} · {PUMP}"]
+    assert sorted(await texts(page, ".name")) == sorted(labels)
+    assert await texts(page, "#device option") == ["all devices", bad[1], device_name]
+    for summary in await page.locator("summary").all():
+        await summary.click()
+    await page.locator(".whole").last.hover()
+    await page.locator("svg.picture").first.hover()
+    await page.locator("#device").select_option(bad[0])
+    await reload(page)
+    assert chosen(page)["device"] == bad[0] and await texts(page, ".name") == [channel, name]
+    assert device_name in await page.title()
+    (link,) = parse_qs(urlsplit(await page.locator("#runscsv").get_attribute("href")).query)["device"]
+    assert link == bad[0]
+    assert await page.locator("img, b, svg[onload], script").count() == 2  # its own two scripts
+
+
+async def test_before_the_first_row_it_says_what_to_paste_and_then_shows_the_row(start, database, look):
+    running = await start()
+    page = await look(running, own_clock=True)
+    assert await text(page, "#empty h2") == "No rows yet: paste this into your Shelly, then reboot it"
+    assert await page.locator("#url").input_value() == running.url and await page.locator("#power").is_hidden()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame())
+        await wait_for_rows(database, 1)
+        await page.clock.fast_forward(11_000)  # it asks each ten seconds
+        await expect(page.locator(".now")).to_have_text("434\N{NO-BREAK SPACE}W")
+    assert await page.locator("#empty").is_hidden() and await texts(page, ".name") == ["switch:0"]
+
+
+async def test_a_refresh_keeps_zoom_focus_scroll_and_an_open_table(running, database, look):
+    page = await look(running, own_clock=True, viewport={"width": 1280, "height": 500})
+    await drag(page, page.locator("svg.picture").first, 0.6, 0.999)
+    await page.locator("summary").first.click()
+    await page.locator(".strip tbody tr").last.wait_for()
+    await page.locator("svg.picture").nth(1).focus()
+    await page.keyboard.press("ArrowLeft")
+    await page.evaluate("document.querySelector('.strip .box').scrollTop = 120; scrollTo(0, 222)")
+    state = """[scrollY, document.querySelector(".strip .box").scrollTop, document.activeElement.getAttribute("aria-label"),
+        document.querySelectorAll("[open]").length, document.querySelectorAll(".readout")[1].textContent, location.search,
+        document.getElementById("zoombar").checkVisibility(), document.querySelector(".strip .grid").textContent]"""
+    before = await page.evaluate(state)
+    assert (
+        before[:2] == [222, 120]
+        and before[2].startswith("Heater")
+        and before[3] == 1
+        and "1.5" in before[4]
+        and before[6]
+    )
+    execute(database, "UPDATE power_logs SET apower_w = 555 WHERE channel = 'switch:0' AND timestamp > now() - INTERVAL '2 min'")  # fmt: skip
+    assert (await text(page, ".now")) == "812 W"
+    await page.clock.fast_forward(61_000)
+    await expect(page.locator(".now").first).to_have_text("555\N{NO-BREAK SPACE}W")
+    await settled(page)
+    assert await page.evaluate(state) == before
+
+
+async def test_a_database_that_is_away_is_said_in_words_and_what_was_there_stays(start, own_postgres, look):
+    running = await start(DATABASE_URL=own_postgres.url)
+    async with device(running.url) as peer:
+        await peer.send(minute_frame())
+        await wait_for_rows(own_postgres.url, 1)
+        page = await look(running)
+        own_postgres.crash()
+        await peer.send(minute_frame(channel=1))  # the writer notices
+        await running.ready("unreachable")
+        await page.evaluate("void refresh(true)")
+        await expect(page.locator("#health")).to_contain_text("the database is away, rows are kept and will follow")
+        await expect(page.locator("#notice")).to_have_text("the answer is late, asking again …")
+        assert await texts(page, ".now") == ["434 W"]
+        own_postgres.start()
+        await running.ready()
+        await page.evaluate("refresh(true)")
+        await expect(page.locator("#health")).to_contain_text("up to date")
+        assert await texts(page, ".now") == ["434 W", "434 W"] and await page.locator("#notice").is_hidden()
+    await running.stop()
+    await page.evaluate("refresh(true)")
+    await expect(page.locator("#health")).to_have_text("the collector does not answer")
+    await expect(page.locator("#notice")).to_contain_text("shown is what came at ")
+    running.env["DASHBOARD_TOKEN"] = "another"
+    await (await running.again()).ready()
+    await page.evaluate("refresh(true)")
+    await expect(page.locator("#notice")).to_contain_text("lacks the right token")
+    assert await texts(page, ".now") == ["434 W", "434 W"]
+    assert look.seen and all("Failed to load resource" in message for message in look.seen)
+    look.seen.clear()
+
+
+async def test_a_wrong_token_gets_a_line_of_text_and_nothing_else(running, browser):
+    page, asked = await browser.new_page(), []
+    page.on("request", lambda request: asked.append(request.url))
+    for token in ("wrong", ""):
+        answer = await page.goto(f"http://127.0.0.1:{running.port}/dashboard?token={token}")
+        assert answer.status == 401 and answer.headers["content-type"].startswith("text/plain")
+        assert await page.locator("body *:not(pre)").count() == 0 and "token" in await text(page, "body")
+    assert len(asked) == 2
+    await page.context.close()
+
+
+async def test_costs_are_shown_and_the_floor_changes_what_runs(start, database, look):
+    running = await start(PRICE_PER_KWH="0.2516 EUR")
+    put_house(database)
+    page = await look(running)
+    for *_, used, paid, _, _, _, _ in await cells(page, "#runs"):
+        assert float(paid.removeprefix("€")) == pytest.approx(float(used) * 0.2516, abs=0.0126 + 0.005)
+    (wh,) = query(database, "SELECT sum(energy_wh) FROM power_cycles(now() - INTERVAL '1 day')")[0]
+    assert (await texts(page, "#runs tfoot td"))[1:3] == [kwh(wh), f"€{wh / 1000 * 0.2516:.2f}"]
+    assert re.search(r"kWh \(€\d+\.\d\d\) · \d+ run", await text(page, ".today"))
+    for floor in (1000, 0.5):
+        await page.locator("#floor").fill(str(floor))
+        await expect(page).to_have_url(re.compile(f"floor={floor}"))
+        runs = query(database, "SELECT FROM power_cycles(now() - INTERVAL '1 day', min_power_w => %s)", floor)
+        for settle in (settled, reload):
+            await settle(page)
+            assert await page.locator("#runs tbody tr").count() == len(runs)
+            assert f"{len(runs)} run" in await text(page, "#runs tfoot th")
+    assert (await texts(page, ".state"))[1].startswith("running for ")
+
+
+async def test_pictures(start, database, look, tmp_path):
+    """Kept where SHELLY_PICTURES says: docs/dashboard.png is one of them."""
+    folder = Path(os.environ.get("SHELLY_PICTURES") or tmp_path)
+    folder.mkdir(exist_ok=True)
+    running = await start(PRICE_PER_KWH="0.2516 EUR")
+
+    async def picture(name, width=1280, whole=True, locale="en-GB", scheme="light", query=""):
+        page = await look(running, query, viewport={"width": width, "height": 900}, locale=locale, color_scheme=scheme)
+        await page.screenshot(path=folder / f"{name}.png", full_page=whole)
+        assert await page.evaluate("document.documentElement.scrollWidth") <= width
+        return page
+
+    await picture("empty-1280")
+    await picture("empty-360", 360, locale="fr-FR", scheme="dark")
+    command = [sys.executable, ROOT / "tests" / "simulated_device.py", running.url, "--history", "24h", "--minutes", "0", "--quiet"]  # fmt: skip
+    assert await (await asyncio.create_subprocess_exec(*command)).wait() == 0
+    await wait_for(lambda: len(read_rows(database, "1", "1")) >= 4 * 1415)
+    page = await picture("dashboard", whole=False)
+    assert (folder / "dashboard.png").stat().st_size < 200_000
+    await page.screenshot(path=folder / "whole-1280.png", full_page=True)
+    await page.locator("summary").first.click()
+    await drag(page, page.locator("svg.picture").first, 0.2, 0.5)
+    await page.screenshot(path=folder / "zoomed-1280.png", full_page=True)
+    await picture("dark-1280", scheme="dark")
+    await picture("french-360", 360, locale="fr-FR")
+    await picture("dark-360", 360, scheme="dark", query="&days=7")
+    copy = "timestamp, {}, channel, apower_w, voltage_v, current_a, energy_total_wh"
+    execute(database, *(f"INSERT INTO power_logs ({copy.format('device_id')}) SELECT {copy.format(device)} FROM power_logs WHERE device_id = 'simulated-house-1'" for device in (f"'simulated-house-{n}'" for n in range(2, 7))),
+            "INSERT INTO channel_names SELECT 'simulated-house-' || n, channel, device_says || CASE channel WHEN '' THEN ' ' || n ELSE '' END FROM channel_names, generate_series(2, 6) n")  # fmt: skip
+    assert await (await picture("channels24-1280")).locator(".strip").count() == 24
+    await picture("channels24-360", 360, scheme="dark")
+    execute(database, "DELETE FROM power_logs WHERE channel <> 'switch:0' OR device_id <> 'simulated-house-1'")
+    await picture("channel1-1280")
+    await picture("channel1-360", 360)
