@@ -45,10 +45,8 @@ import psycopg
 from dotenv.parser import parse_stream
 from msgspec import UNSET, Meta, Raw, UnsetType
 from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
-from websockets.asyncio.server import Server, ServerConnection, broadcast, serve
-from websockets.exceptions import ConnectionClosed
+from websockets import ConnectionClosed, Request, Response, Server, ServerConnection, broadcast, serve
 from websockets.frames import TEXT
-from websockets.http11 import Request, Response
 
 log = logging.getLogger("shelly_collector")
 ISO = "%Y-%m-%dT%H:%M:%SZ"  # UTC, to the second
