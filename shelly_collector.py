@@ -66,6 +66,8 @@ ANSWER_TIMEOUT, PATIENT_TIMEOUT = 5.0, 30.0  # more is an outage; if it then let
 TICK, SAVE_AFTER = 0.25, 0.5  # while memory's rows do not get on they go to disk: the sum is what a kill -9 may cost
 HELD_BACK = 25 * 3600.0  # a filter in front may hold frames back for so long
 RETRY, CLOSE_TIMEOUT = 2.0, 1.0  # before another attempt; for a peer that does not answer a close: a stop has 3 s
+# No device compresses, and it would take 40 KiB for each. The largest whole status has a few kB. Hosts cut after 55 s.
+SERVE = dict[str, Any](compression=None, max_size=2**18, ping_interval=25, ping_timeout=25, close_timeout=CLOSE_TIMEOUT)
 
 
 # ---- Settings: from the environment and .env, checked once, never changed. ------------------------------------------
@@ -783,11 +785,6 @@ class DeviceConnection(ServerConnection):
             self.transport.abort()
 
 
-# No device compresses, and it would take 40 KiB for each. The largest whole status has a few kB. Hosts cut after 55 s.
-SERVE: dict[str, Any] = {"compression": None, "max_size": 256 * 1024, "ping_interval": 25, "ping_timeout": 25}
-SERVE |= {"close_timeout": CLOSE_TIMEOUT, "create_connection": DeviceConnection}
-
-
 async def handle_device(collector: Collector, link: ServerConnection) -> None:
     """Ask a device for its status, then take its frames for as long as it stays."""
     assert isinstance(link, DeviceConnection) and link.request and link.response
@@ -1039,7 +1036,7 @@ async def run(settings: Settings) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # the soft limit is often 1,024 connections only
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1_000_000)), hard))
-    options = SERVE | {"process_request": partial(answer_request, collector)}
+    options = SERVE | {"create_connection": DeviceConnection, "process_request": partial(answer_request, collector)}
     try:
         collector.server = await serve(partial(handle_device, collector), settings.host, settings.port, **options)
     except (OSError, UnicodeError) as exc:
