@@ -50,6 +50,7 @@ from websockets.frames import TEXT
 
 log = logging.getLogger("shelly_collector")
 ISO = "%Y-%m-%dT%H:%M:%SZ"  # UTC, to the second
+PRICE = re.compile(r"(\d{1,9}(?:[.,]\d{1,9})?)\s*([^\d\s.,<&]{0,12})")  # per kWh: 0.2516 EUR
 
 # ---- What the protocol fixes, and the limits. Times are seconds. ----------------------------------------------------
 # Sent to every device. A real one answers the first with 404 and streams all the same; the second brings its status.
@@ -71,12 +72,6 @@ SERVE = dict[str, Any](compression=None, max_size=2**18, ping_interval=25, ping_
 
 
 # ---- Settings: from the environment and .env, checked once, never changed. ------------------------------------------
-# Where platforms tell a program the name that the world knows it by, and which of them forget their disk.
-PLATFORM_DOMAINS = "RENDER_EXTERNAL_HOSTNAME RAILWAY_PUBLIC_DOMAIN REPLIT_DEV_DOMAIN HEROKU_APP_DEFAULT_DOMAIN_NAME"
-PRICE = re.compile(r"(\d{1,9}(?:[.,]\d{1,9})?)\s*([^\d\s.,<&]{0,12})")  # per kWh: 0.2516 EUR
-FORGETFUL_PLATFORMS = "DYNO RENDER RAILWAY_ENVIRONMENT K_SERVICE FLY_APP_NAME REPLIT_DEPLOYMENT"
-
-
 class Settings(msgspec.Struct, frozen=True, rename=str.upper):
     database_url: str | None = None  # the embedded PostgreSQL
     host: str | None = None  # all interfaces
@@ -121,7 +116,8 @@ def read_settings(env: dict[str, str | None]) -> Settings:
         raise ValueError("PRICE_PER_KWH must be like 0.2516 EUR")
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", settings.public_url or "http://x"):
         raise ValueError("PUBLIC_URL must be like https://shelly.example.org")
-    if not {"DATABASE_URL", "DATA_DIR"} & texts.keys() and any(map(env.get, FORGETFUL_PLATFORMS.split())):
+    forgetful_platforms = "DYNO RENDER RAILWAY_ENVIRONMENT K_SERVICE FLY_APP_NAME REPLIT_DEPLOYMENT"
+    if not {"DATABASE_URL", "DATA_DIR"} & texts.keys() and any(map(env.get, forgetful_platforms.split())):
         raise ValueError("DATABASE_URL is not set, and the platform forgets its disk: set it, or a DATA_DIR that stays")
     url = settings.database_url or ""
     # libpq ends the password at the first @, and takes "ssword@host" for the host, which every error would tell.
@@ -137,7 +133,8 @@ def read_settings(env: dict[str, str | None]) -> Settings:
 
 def own_url(settings: Settings) -> str:
     """What the outside calls this collector, as far as this machine can know its own address."""
-    domains = [f"https://{os.environ[name]}" for name in PLATFORM_DOMAINS.split() if os.environ.get(name)]
+    platforms_say = "RENDER_EXTERNAL_HOSTNAME RAILWAY_PUBLIC_DOMAIN REPLIT_DEV_DOMAIN HEROKU_APP_DEFAULT_DOMAIN_NAME"
+    domains = [f"https://{os.environ[name]}" for name in platforms_say.split() if os.environ.get(name)]
     host = "localhost"
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # sends nothing: only asks the system which address it would use
