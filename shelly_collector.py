@@ -523,9 +523,8 @@ SCHEMA_VERSION = 3  # as schema.sql says at its end
 LOOK_AT_SCHEMA = r"""SELECT to_regclass('power_logs') IS NOT NULL, %s <= (
     SELECT substring(prosrc FROM '\d+')::int FROM pg_proc WHERE oid = to_regprocedure('power_logs_version()'))"""
 # Else the encoding is the database's own, which cannot write every name. A dead network shows after a minute.
-OPTIONS = """application_name=shelly_collector client_encoding=utf8 connect_timeout=5
-    keepalives_idle=30 keepalives_interval=10 keepalives_count=3"""
-CONNECTION: dict[str, Any] = psycopg.conninfo.conninfo_to_dict(OPTIONS) | {"autocommit": True}
+CONNECTION = dict[str, Any](application_name="shelly_collector", client_encoding="utf8", autocommit=True)
+CONNECTION |= dict[str, Any](connect_timeout=5, keepalives_idle=30, keepalives_interval=10, keepalives_count=3)
 # For whatever is no row, so that none ever waits for it: two questions at a time, a few wait, no more.
 ASIDE: dict[str, Any] = {"min_size": 0, "max_size": 2, "max_waiting": 8, "timeout": 3, "max_idle": 60, "open": False}
 ASIDE |= {"kwargs": CONNECTION, "check": AsyncConnectionPool.check_connection}
