@@ -45,7 +45,7 @@ import psycopg
 from dotenv.parser import parse_stream
 from msgspec import UNSET, Meta, Raw, UnsetType
 from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
-from websockets import ConnectionClosed, Request, Response, Server, ServerConnection, broadcast, serve
+from websockets import ConnectionClosed, Headers, Request, Response, Server, ServerConnection, broadcast, serve
 from websockets.frames import TEXT
 
 log = logging.getLogger("shelly_collector")
@@ -867,9 +867,8 @@ def opens(query: str, token: str) -> bool:
 
 def put(response: Response, body: str | bytes | bytearray, headers: dict[str, str]) -> Response:
     response.body = body.encode() if isinstance(body, str) else body
-    for name, value in (headers | {"Content-Length": str(len(response.body))}).items():
-        response.headers.pop(name, None)  # else there would be two
-        response.headers[name] = value
+    known = dict(response.headers.raw_items())  # as Headers, each would keep its old value beside the new one
+    response.headers = Headers(known | headers | {"Content-Length": str(len(response.body))})
     return response
 
 
