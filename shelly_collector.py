@@ -1015,9 +1015,8 @@ def say_how_it_stands(collector: Collector) -> bool:
         log.warning("no COLLECTOR_TOKEN: whoever reaches the port can send rows; set one if that is not only you")
     collector.look_token = look_token(settings, make=True)
     log.info("paste into the device: %s", device_url(settings, "?token=…" if settings.collector_token else ""))
-    log.info(
-        "look at: %s/dashboard?token=%s", own_url(settings), "…" if settings.dashboard_token else collector.look_token
-    )
+    shown = "…" if settings.dashboard_token else collector.look_token
+    log.info("look at: %s/dashboard?token=%s", own_url(settings), shown)
     return True
 
 
