@@ -1038,10 +1038,9 @@ async def run(settings: Settings) -> int:
         return 1
     if not say_how_it_stands(collector):
         return 1
-    writer = asyncio.create_task(write_batches(collector))
-    work = (stop.wait(), keep_house(collector), tend_table(collector))
-    tasks = {writer, *(asyncio.create_task(part) for part in work)}
-    ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    work = (write_batches(collector), keep_house(collector), tend_table(collector), stop.wait())
+    writer, *others = [asyncio.create_task(part) for part in work]
+    ended, _ = await asyncio.wait([writer, *others], return_when=asyncio.FIRST_COMPLETED)
     await finish(collector, collector.server, writer)
     bugs = [bug for task in ended if (bug := task.exception())]
     for bug in bugs:
@@ -1050,7 +1049,7 @@ async def run(settings: Settings) -> int:
     os._exit(len(bugs))
 
 
-async def finish(collector: Collector, server: Server, writer: "asyncio.Task[None]") -> None:
+async def finish(collector: Collector, server: Server, writer: "asyncio.Task[Any]") -> None:
     """Bring what is in hand to the table or else to disk, and stop the embedded server, in about a second."""
     server.get_loop().set_exception_handler(lambda *_: None)  # asyncio's, that would listen anew without descriptors
     server.close()
