@@ -403,14 +403,6 @@ async def keep_house(collector: Collector) -> None:
 
 
 # ---- Outbox: every row goes through it, oldest first, and is forgotten only when it is in the table. ----------------
-OPEN_FILE = """PRAGMA locking_mode = EXCLUSIVE;  -- held till the process ends, however it ends
-PRAGMA auto_vacuum = FULL;        -- a long outage's room is given back
-PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;  -- one fsync per save, and a torn write loses only itself
-PRAGMA user_version = 1;          -- a real write: a full disk shows now, not in the outage
-CREATE TABLE IF NOT EXISTS rows
-    (id INTEGER PRIMARY KEY, time, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)"""
-
-
 class Outbox:
     # Rows on their way to the table: in memory, or if they get stuck in an SQLite file, which also locks the folder.
     # Each has a place, its id in the file: so a batch in flight can be removed wherever its rows are by then.
@@ -496,7 +488,11 @@ class Outbox:
         file = sqlite3.connect(self.path, timeout=0)
         file.text_factory = partial(str, encoding="utf-8", errors="replace")  # a flipped bit stops no other row
         try:
-            file.executescript(OPEN_FILE)
+            file.executescript(f"""PRAGMA locking_mode = EXCLUSIVE;  -- held till the process ends, however it ends
+            PRAGMA auto_vacuum = FULL;        -- a long outage's room is given back
+            PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;  -- one fsync per save; a torn write loses only itself
+            PRAGMA user_version = 1;          -- a real write: a full disk shows now, not in the outage
+            CREATE TABLE IF NOT EXISTS rows (id INTEGER PRIMARY KEY, {", ".join(Row._fields)})""")
             # The last column is only there to look into every row for damage.
             self.saved, last, _ = file.execute("SELECT count(*), max(id), max(energy_total_wh) FROM rows").fetchone()
         except sqlite3.Error as exc:
