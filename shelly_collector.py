@@ -521,9 +521,8 @@ LOOK_AT_SCHEMA = r"""SELECT to_regclass('power_logs') IS NOT NULL, %s <= (
 # Else the encoding is the database's own, which cannot write every name. A dead network shows after a minute.
 CONNECTION = dict[str, Any](application_name="shelly_collector", client_encoding="utf8", autocommit=True)
 CONNECTION |= dict[str, Any](connect_timeout=5, keepalives_idle=30, keepalives_interval=10, keepalives_count=3)
-# For whatever is no row, so that none ever waits for it: two questions at a time, a few wait, no more.
-ASIDE: dict[str, Any] = {"min_size": 0, "max_size": 2, "max_waiting": 8, "timeout": 3, "max_idle": 60, "open": False}
-ASIDE |= {"kwargs": CONNECTION, "check": AsyncConnectionPool.check_connection}
+ASIDE = dict[str, Any](kwargs=CONNECTION, open=False, check=AsyncConnectionPool.check_connection, min_size=0)
+ASIDE |= dict[str, Any](max_size=2, max_waiting=8, timeout=3, max_idle=60)  # few questions at a time, and few waiting
 DATABASE_ERRORS = (psycopg.Error, OSError, UnicodeError)  # of an absent, full, frozen or altered one: the rows wait
 
 
@@ -585,13 +584,12 @@ async def write_rows(collector: Collector, pool: AsyncConnectionPool, rows: list
 
 def refuses_row(exc: Exception) -> bool:
     """Whether an error is about a row's values. Any other is about the table and concerns every row: then they wait."""
-    error = psycopg.errors
-    if isinstance(exc, error.CheckViolation):
+    if isinstance(exc, psycopg.errors.CheckViolation):
         return exc.diag.constraint_name is not None  # else a partition is missing
-    if isinstance(exc, error.UniqueViolation):
+    if isinstance(exc, psycopg.errors.UniqueViolation):
         return "device_id" in (exc.diag.message_detail or "")  # else the table's own numbers ran into older ones
-    rules = error.ExclusionViolation | error.ForeignKeyViolation | error.RaiseException
-    return isinstance(exc, rules | error.UntranslatableCharacter)
+    rules = psycopg.errors.ExclusionViolation | psycopg.errors.ForeignKeyViolation | psycopg.errors.RaiseException
+    return isinstance(exc, rules | psycopg.errors.UntranslatableCharacter)
 
 
 async def wait_out(collector: Collector, exc: Exception) -> None:
