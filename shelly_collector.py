@@ -109,9 +109,8 @@ def read_settings(env: dict[str, str | None]) -> Settings:
         raise ValueError(f"{name} makes no sense: {texts[name]!r} ({problem.strip()})") from None
     if settings.db_pool_min_size > settings.db_pool_max_size:
         raise ValueError("DB_POOL_MIN_SIZE must not be above DB_POOL_MAX_SIZE")
-    for name in ("COLLECTOR_TOKEN", "DASHBOARD_TOKEN"):
-        if not texts.get(name, "").isprintable():
-            raise ValueError(f"{name} must hold printable characters only")
+    if wrong := [name for name in ("COLLECTOR_TOKEN", "DASHBOARD_TOKEN") if not texts.get(name, "").isprintable()]:
+        raise ValueError(f"{wrong[0]} must hold printable characters only")
     if not PRICE.fullmatch(settings.price_per_kwh or "0"):
         raise ValueError("PRICE_PER_KWH must be like 0.2516 EUR")
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", settings.public_url or "http://x"):
