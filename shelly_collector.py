@@ -989,8 +989,8 @@ async def check_database(collector: Collector) -> None:
 
 
 # ---- main -----------------------------------------------------------------------------------------------------------
-def say_how_it_stands(collector: Collector) -> bool:
-    """Take DATA_DIR, and log what an owner should know at the start; whether the collector may go on."""
+def say_how_it_stands(collector: Collector) -> None:
+    """Take DATA_DIR, and log what an owner should know at the start; raises SystemExit if it cannot do without."""
     settings, embedded = collector.settings, collector.settings.database_url is None
     try:
         collector.outbox.claim()
@@ -998,7 +998,7 @@ def say_how_it_stands(collector: Collector) -> bool:
         reason = "is in use by another collector" if "locked" in str(exc) else f"cannot be used: {one_line(exc)}"
         if embedded:
             log.critical("DATA_DIR %s %s; the embedded PostgreSQL needs it", settings.data_dir, reason)
-            return False
+            raise SystemExit(1) from None
         log.warning("DATA_DIR %s %s; in an outage rows wait in memory only", settings.data_dir, reason)
     if embedded:
         log.info("no DATABASE_URL: using an embedded PostgreSQL in %s", Path(settings.data_dir).absolute())
@@ -1010,7 +1010,6 @@ def say_how_it_stands(collector: Collector) -> bool:
     log.info("paste into the device: %s", device_url(settings, "?token=…" if settings.collector_token else ""))
     shown = "…" if settings.dashboard_token else collector.look_token
     log.info("look at: %s/dashboard?token=%s", own_url(settings), shown)
-    return True
 
 
 async def run(settings: Settings) -> int:
@@ -1029,8 +1028,7 @@ async def run(settings: Settings) -> int:
     except (OSError, UnicodeError) as exc:
         log.critical("cannot listen on %s, port %d: %s", settings.host or "all addresses", settings.port, exc)
         return 1
-    if not say_how_it_stands(collector):
-        return 1
+    say_how_it_stands(collector)
     work = (write_batches(collector), keep_house(collector), tend_table(collector), stop.wait())
     writer, *others = [asyncio.create_task(part) for part in work]
     ended, _ = await asyncio.wait([writer, *others], return_when=asyncio.FIRST_COMPLETED)
