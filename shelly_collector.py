@@ -64,7 +64,6 @@ MOST_DEVICES, MOST_CHANNELS = 1_000, 50_000  # that one connection speaks for; t
 COMPLAIN_EVERY, MOST_COMPLAINTS = 60.0, 500  # at most one line about the same thing in this time, about so many things
 BATCH, MOST_IN_MEMORY = 1_000, 100_000  # rows, of 0.25 kB: larger batches gain nothing; if even the disk takes none
 ANSWER_TIMEOUT, PATIENT_TIMEOUT = 5.0, 30.0  # more is an outage; if it then lets one connect, it is slow, or locked
-TICK, SAVE_AFTER = 0.25, 0.5  # while memory's rows do not get on they go to disk: the sum is what a kill -9 may cost
 HELD_BACK = 25 * 3600.0  # a filter in front may hold frames back for so long
 RETRY, CLOSE_TIMEOUT = 2.0, 1.0  # before another attempt; for a peer that does not answer a close: a stop has 3 s
 # No device compresses, and it would take 40 KiB for each. The largest whole status has a few kB. Hosts cut after 55 s.
@@ -394,10 +393,10 @@ async def keep_house(collector: Collector) -> None:
     """Let waiting rows go on in time, and save rows that the database does not take."""
     outbox = collector.outbox
     while True:
-        await asyncio.sleep(TICK)
+        await asyncio.sleep(0.25)  # this, and the half second that rows wait in memory, is what a kill -9 may cost
         for channel in [channel for channel in collector.channels.values() if channel.waiting]:
             settle_rows(collector, channel, time.monotonic())
-        if time.monotonic() >= outbox.step_time + SAVE_AFTER or len(outbox.memory) > MOST_IN_MEMORY:
+        if time.monotonic() >= outbox.step_time + 0.5 or len(outbox.memory) > MOST_IN_MEMORY:
             outbox.save()
 
 
