@@ -111,7 +111,9 @@ async def test_kill_9_of_the_server_and_it_is_back_within_seconds(collectors, tm
         await running.ready()
         await peer.send(minute_frame("two"), minute_frame("three"))
         await wait_for_rows(url(running), 3)
-    assert len(servers(tmp_path)) == 1 and running.log.count("embedded PostgreSQL has ended") == 1
+    # Which of the two lines comes depends on whether the row's second attempt or the end of the process is seen first.
+    told = running.log.count("embedded PostgreSQL has ended") or running.log.count("database unreachable")
+    assert len(servers(tmp_path)) == 1 and told == 1
 
 
 async def test_a_second_start_on_the_folder_is_refused_and_the_first_goes_on(collectors, tmp_path):
