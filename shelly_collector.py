@@ -292,7 +292,9 @@ def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes
     frame, components, whole = decode_frame(text)
     if not components:
         return ""
-    src, now = frame.src, time_of(frame, now)
+    src, held_back = frame.src, frame.received is not None
+    if held_back:
+        now = time_of(frame, now)
     if src not in link.devices:
         admit_device(link, src)
     if frame.method is None and frame.id == ID_OF_CONFIG:
@@ -308,8 +310,9 @@ def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes
             complain(collector, src + key, "%s %s: passed over: %s", src, key, exc)
             continue
         known = collector.channels.get(src + key)
-        late = known is not None and frame.received is not None and now < known.heard  # what is known is newer
-        channel = Channel(src, key) if known is None or late else known
+        channel = known or Channel(src, key)
+        if held_back and now < channel.heard:
+            channel = Channel(src, key)  # for this frame alone: what is known is newer
         if component is None or not lay_over(channel, component, whole, now):
             continue
         if known is None:
@@ -330,11 +333,10 @@ def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes
 
 def time_of(frame: Frame, now: float) -> float:
     """The time that a frame counts for, if a filter in front held it back; its clock may run ahead: that means now."""
-    if frame.received is None:
-        return now
-    if now - frame.received > HELD_BACK:
+    received = frame.received or 0.0
+    if now - received > HELD_BACK:
         raise ValueError("received more than 25 hours ago")
-    return min(now, frame.received)
+    return min(now, received)
 
 
 def note_names(collector: Collector, src: str, config: dict[str, Raw]) -> str:
@@ -793,6 +795,8 @@ def take_message(collector: Collector, link: DeviceConnection, text: str | bytes
     collector.frames += 1
     try:
         request = take_frame(collector, link, text, now)
+        if not request:
+            return
         if request == GET_CONFIG and not link.named:
             link.named = True
             broadcast([link], GET_CONFIG)
