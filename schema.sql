@@ -304,8 +304,9 @@ BEGIN
         'gap', (in_force ->> 'gap_threshold_minutes')::float * INTERVAL '1 minute',
         'min_duration', (in_force ->> 'min_cycle_duration_minutes')::float * INTERVAL '1 minute',
         'row_length', greatest(60, (in_force ->> 'throttle_interval_seconds')::float),
-        'min_power_w', coalesce((in_force ->> 'min_power_w')::float, CASE question WHEN 'cycles' THEN 10 END)) || given) AS p (since TIMESTAMPTZ, until TIMESTAMPTZ, step INTERVAL,
-        gap INTERVAL, min_duration INTERVAL, min_power_w FLOAT, row_length INTERVAL, zone TEXT, device TEXT, channel TEXT);
+        'min_power_w', coalesce((in_force ->> 'min_power_w')::float, CASE question WHEN 'cycles' THEN 10 END)) || given)
+        AS p (since TIMESTAMPTZ, until TIMESTAMPTZ, step INTERVAL, gap INTERVAL, min_duration INTERVAL, min_power_w FLOAT,
+              row_length INTERVAL, zone TEXT, device TEXT, channel TEXT);
 
     -- The columns are the function's own; their types say how they are written.
     SELECT string_agg(c.name, separator ORDER BY c.number), string_agg(CASE
