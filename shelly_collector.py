@@ -240,6 +240,7 @@ class Collector:  # the state that handlers, writer and health page share
     interval_s: float
     early_s: float
     channels: dict[str, Channel] = field(default_factory=dict)  # by device and component
+    held_back: dict[str, Channel] = field(default_factory=dict)  # the same, of frames that come after newer ones
     complaints: dict[float, set[str]] = field(default_factory=dict)  # what they were about, by the minute
     server: Server | None = None
     postgres: asyncio.subprocess.Process | None = None  # the embedded server
@@ -309,22 +310,21 @@ def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes
         except ValueError as exc:
             complain(collector, src + key, "%s %s: passed over: %s", src, key, exc)
             continue
-        known = collector.channels.get(src + key)
+        channels = channels_of(collector, src + key, now) if held_back else collector.channels
+        known = channels.get(src + key)
         channel = known or Channel(src, key)
-        if held_back and now < channel.heard:
-            channel = Channel(src, key)  # for this frame alone: what is known is newer
         if component is None or not lay_over(channel, component, whole, now):
             continue
         if known is None:
-            collector.channels[src + key] = channel
-            if len(collector.channels) > MOST_CHANNELS:
-                del collector.channels[next(iter(collector.channels))]  # the one whose newest row is oldest
+            channels[src + key] = channel
+            if len(channels) > MOST_CHANNELS:
+                del channels[next(iter(channels))]  # the one whose newest row is oldest
         channel.heard = now
         if interval != channel.last_write_time:
             ask = ask or None in channel.values or not 0 <= now - channel.voltage_time <= VOLTAGE_AGE
             if should_write(collector, channel):
                 channel.last_write_time = interval
-                collector.channels[src + key] = collector.channels.pop(src + key)
+                channels[src + key] = channels.pop(src + key)
                 channel.waiting += ((time.monotonic() + interval_s, interval, channel.values.copy()),)
         if channel.waiting:
             settle_rows(collector, channel, 0.0)
@@ -337,6 +337,16 @@ def time_of(frame: Frame, now: float) -> float:
     if now - received > HELD_BACK:
         raise ValueError("received more than 25 hours ago")
     return min(now, received)
+
+
+def channels_of(collector: Collector, name: str, now: float) -> dict[str, Channel]:
+    """Where a frame that was held back belongs: among its like, if newer ones have come meanwhile."""
+    known, held_back = collector.channels.get(name), collector.held_back
+    if known is None or known.heard <= now:
+        return collector.channels
+    if name in held_back and not 0 <= now - held_back[name].heard <= VOLTAGE_AGE:
+        del held_back[name]  # of another time
+    return held_back
 
 
 def note_names(collector: Collector, src: str, config: dict[str, Raw]) -> str:
@@ -829,7 +839,7 @@ async def answer_request(collector: Collector, connection: ServerConnection, req
         kind = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         response = put(connection.respond(200, ""), metrics_text(collector), kind)
     elif path.startswith(("/dashboard", "/data")) and get:
-        response = connection.respond(401, "The link lacks the right ?token=, which the log and --check show.\n")
+        response = connection.respond(401, "The link lacks the right ?token=, which --check shows.\n")
         if opens(query, collector.look_token):
             response = await answer_owner(collector, connection, path, query)
         if len(response.body) > 1000 and "gzip" in headers.get("Accept-Encoding", ""):

@@ -376,6 +376,15 @@ async def test_a_frame_held_back_changes_nothing_of_what_is_known_since(make):
     assert collector.channels[DEVICE + "switch:0"].heard == now + 60
 
 
+async def test_of_frames_held_back_the_first_after_a_run_is_kept_too_with_min_power(make):
+    collector, now = make(MIN_POWER_W="10"), 1_795_435_200.0
+    feed(collector, notify(minute_frame(apower=0.0)["params"], method="NotifyFullStatus"), now)
+    for minute, power in enumerate((0, 500, 500, 0, 0)):
+        feed(collector, minute_frame(apower=power) | {"received": now - 600 + 60 * minute}, now + 1)
+    assert [(row.time - now, row.apower_w) for row in taken(collector)] == [(-540, 500), (-480, 500), (-420, 0)]
+    assert collector.channels[DEVICE + "switch:0"].heard == now
+
+
 async def test_names_follow_the_device_and_an_owners_own_name_wins(collectors, database):
     running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="60").ready()
     status = {"id": 2, "src": DEVICE, "dst": "collector", "result": minute_frame()["params"]}
