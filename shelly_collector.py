@@ -294,8 +294,7 @@ def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes
     if not components:
         return ""
     src, held_back = frame.src, frame.received is not None
-    if held_back:
-        now = time_of(frame, now)
+    now = time_of(frame, now) if held_back else now
     if src not in link.devices:
         admit_device(link, src)
     if frame.method is None and frame.id == ID_OF_CONFIG:
