@@ -405,7 +405,8 @@ async def keep_house(collector: Collector) -> None:
     outbox = collector.outbox
     while True:
         await asyncio.sleep(0.25)  # this, and the half second that rows wait in memory, is what a kill -9 may cost
-        for channel in [channel for channel in collector.channels.values() if channel.waiting]:
+        known = (*collector.channels.values(), *collector.held_back.values())
+        for channel in [channel for channel in known if channel.waiting]:
             settle_rows(collector, channel, time.monotonic())
         if time.monotonic() >= outbox.step_time + 0.5 or len(outbox.memory) > MOST_IN_MEMORY:
             outbox.save()

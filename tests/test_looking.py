@@ -376,6 +376,16 @@ async def test_a_frame_held_back_changes_nothing_of_what_is_known_since(make):
     assert collector.channels[DEVICE + "switch:0"].heard == now + 60
 
 
+async def test_a_row_of_frames_held_back_waits_no_longer_than_another(collectors, database):
+    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="0.5").ready()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame())
+        await peer.send(notify({"switch:0": {"apower": 7.0}}) | {"received": time.time() - 3600})
+        await wait_for_rows(database, 2)
+    assert sorted(read_rows(database, "apower_w, voltage_v")) == [(7.0, 0.0), (433.8, 228.2)]
+    assert "reports no voltage_v, current_a, energy_total_wh: stored as 0" in running.log
+
+
 async def test_of_frames_held_back_the_first_after_a_run_is_kept_too_with_min_power(make):
     collector, now = make(MIN_POWER_W="10"), 1_795_435_200.0
     feed(collector, notify(minute_frame(apower=0.0)["params"], method="NotifyFullStatus"), now)
