@@ -691,7 +691,7 @@ CHILD = dict[str, Any](stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd="
 def server_conninfo(folder: Path) -> str:
     """The way to the server of a folder: over a link where the name is too long for a socket, or would be two names."""
     if len(os.fsencode(folder)) > 85 or "," in str(folder):
-        link = Path("/tmp", f"shelly-{os.getpid()}")
+        link = Path("/tmp", f"shelly-{os.geteuid()}-{os.getpid()}")
         link.unlink(missing_ok=True)
         link.symlink_to(folder)
         folder = link
@@ -763,10 +763,10 @@ async def start_postgres(collector: Collector, folder: Path, as_user: dict[str, 
 
 async def stop_postgres(process: asyncio.subprocess.Process | None) -> None:
     with contextlib.suppress(OSError):  # it has ended, or does not in time
+        Path("/tmp", f"shelly-{os.geteuid()}-{os.getpid()}").unlink(missing_ok=True)  # server_conninfo's link
         if process is not None:
             process.send_signal(signal.SIGINT)
             await asyncio.wait_for(process.wait(), 1.5)
-        Path("/tmp", f"shelly-{os.getpid()}").unlink(missing_ok=True)  # server_conninfo's link
 
 
 # ---- Device handler -------------------------------------------------------------------------------------------------

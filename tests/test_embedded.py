@@ -178,7 +178,7 @@ async def test_any_path_works(collectors, tmp_path, name):
     status, out = await check(running)
     assert status == 0 and "holds 1 rows" in out, out
     await running.stop()
-    assert servers(folder) == [] and not os.path.lexists(f"/tmp/shelly-{running.process.pid}")
+    assert servers(folder) == [] and not os.path.lexists(f"/tmp/shelly-{os.geteuid()}-{running.process.pid}")
     status, out = await check(running)
     assert status == 0 and "holds 1 rows" in out, out
 
