@@ -344,7 +344,7 @@ def channels_of(collector: Collector, name: str, now: float) -> dict[str, Channe
     if known is None or known.heard <= now:
         return collector.channels
     if name in held_back and not 0 <= now - held_back[name].heard <= VOLTAGE_AGE:
-        del held_back[name]  # of another time
+        settle_rows(collector, held_back.pop(name), float("inf"))  # of another time: its values are no others'
     return held_back
 
 
@@ -834,7 +834,7 @@ async def answer_request(collector: Collector, connection: ServerConnection, req
     host, origin, upgrade = (",".join(headers.get_all(name)).lower() for name in ("Host", "Origin", "Upgrade"))
     get = request.method in ("GET", "HEAD") and "websocket" not in upgrade
     if path in ("/", "/health") and get:
-        response = connection.respond(*health(collector, dict(parse_qsl(query)).get("silent", "86400")))
+        response = connection.respond(*health(collector, dict(parse_qsl(query)).get("silent")))
     elif path == "/metrics" and get:
         kind = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         response = put(connection.respond(200, ""), metrics_text(collector), kind)
@@ -878,7 +878,7 @@ def put(response: Response, body: str | bytes | bytearray, headers: dict[str, st
     return response
 
 
-def health(collector: Collector, silent: str) -> tuple[int, str]:
+def health(collector: Collector, silent: str | None) -> tuple[int, str]:
     """Status and text: how things stand; it tells no reasons and no names, as anybody may ask."""
     database, now = "connected" if collector.pool else "connecting", time.time()
     if collector.failures:
@@ -891,6 +891,8 @@ rows waiting: {len(collector.outbox)}
 last write: {time.strftime(ISO, time.gmtime(collector.last_write)) if collector.last_write else "never"}
 rows dropped: {collector.outbox.dropped}
 """
+    if silent is None:
+        return 200, text
     if not re.fullmatch(r"[0-9]{1,9}", silent):
         return 400, "silent makes no sense: it is a number of seconds\n"
     count = sum(int(silent) < now - channel.heard < 86_400 for channel in collector.channels.values())
@@ -900,19 +902,19 @@ rows dropped: {collector.outbox.dropped}
 def metrics_text(collector: Collector) -> str:
     """The same for Prometheus."""
     values = {
-        "frames_total": collector.frames,
-        "frames_passed_over_total": collector.frames_passed_over,
-        "rows_written_total": collector.rows_written,
-        "rows_dropped_total": collector.outbox.dropped,
-        "rows_waiting": len(collector.outbox),
-        "devices_connected": len(collector.server.connections) if collector.server else 0,
-        "database_up": int(collector.pool is not None and not collector.failures),
-        "last_write_timestamp_seconds": collector.last_write or 0,
-        "outages_total": collector.outages,
+        "frames_total": ("Frames that devices sent", collector.frames),
+        "frames_passed_over_total": ("Frames that could not be read", collector.frames_passed_over),
+        "rows_written_total": ("New rows in the table", collector.rows_written),
+        "rows_dropped_total": ("Rows that are lost", collector.outbox.dropped),
+        "rows_waiting": ("Rows on their way to the table", len(collector.outbox)),
+        "devices_connected": ("Open connections", len(collector.server.connections) if collector.server else 0),
+        "database_up": ("Whether the database takes rows", int(collector.pool is not None and not collector.failures)),
+        "last_write_timestamp_seconds": ("When rows were last written", collector.last_write or 0),
+        "outages_total": ("Outages of the database", collector.outages),
     }
+    text = "# HELP shelly_collector_{0} {2}\n# TYPE shelly_collector_{0} {1}\nshelly_collector_{0} {3}\n"
     kinds = {name: "counter" if name.endswith("_total") else "gauge" for name in values}
-    text = "# HELP shelly_collector_{0} {0}\n# TYPE shelly_collector_{0} {1}\nshelly_collector_{0} {2}\n"
-    return "".join(text.format(name, kinds[name], value) for name, value in values.items())
+    return "".join(text.format(name, kind, *values[name]) for name, kind in kinds.items())
 
 
 async def answer_owner(collector: Collector, connection: ServerConnection, path: str, query: str) -> Response:

@@ -242,7 +242,9 @@ async def test_a_question_without_an_answer_is_one_line(running, database):
                       " 'BEGIN PERFORM pg_sleep(20); END'")  # fmt: skip
     began = time.monotonic()
     status, _, body = await asyncio.to_thread(fetch, running, "/data/channels.json")
-    assert status == 503 and body.startswith(b"Too much") and 4 < time.monotonic() - began < 9
+    assert (
+        status == 503 and body.startswith(b"Too much") and 4 < time.monotonic() - began < 7.5
+    )  # by the server, not by us
     execute(database, "DROP FUNCTION power_answer")
     status, _, body = fetch(running, "/data/power.json")
     assert status == 503 and b"power_answer" in body and body.count(b"\n") == 1
@@ -374,6 +376,11 @@ async def test_a_frame_held_back_changes_nothing_of_what_is_known_since(make):
     feed(collector, notify({"switch:0": {"voltage": 229.0}}), now + 60)
     assert [(row.time - now, row.apower_w) for row in taken(collector)] == [(0, 1.0), (-3600, 2000.0), (60, 1.0)]
     assert collector.channels[DEVICE + "switch:0"].heard == now + 60
+    # The row that waited for its other values does not get them from a frame of another time, and is not lost.
+    feed(collector, minute_frame(apower=5.0) | {"received": now - 600}, now + 61)
+    assert [(row.time - now, *row[3:]) for row in taken(collector)] == [
+        (-1800, 3000.0, 0, 0, 0), (-600, 5.0, 228.2, 2.631, 1234.567)
+    ]  # fmt: skip
 
 
 async def test_a_row_of_frames_held_back_waits_no_longer_than_another(collectors, database):
