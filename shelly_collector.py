@@ -14,9 +14,7 @@ outbox     rows on their way to the table: in memory while PostgreSQL answers, o
 """
 
 import asyncio
-import base64
 import contextlib
-import hashlib
 import hmac
 import logging
 import os
@@ -129,8 +127,8 @@ def read_settings(env: dict[str, str | None]) -> Settings:
     raise ValueError(f"DATABASE_URL cannot be read: it must be like {example}")
 
 
-def own_url(settings: Settings) -> str:
-    """What the outside calls this collector, as far as this machine can know its own address."""
+def links(settings: Settings, token: str = "…", look_token: str = "…") -> tuple[str, str]:
+    """The URL for the device, and the page's, as far as this machine can know its address; with tokens as shown."""
     platforms_say = "RENDER_EXTERNAL_HOSTNAME RAILWAY_PUBLIC_DOMAIN REPLIT_DEV_DOMAIN HEROKU_APP_DEFAULT_DOMAIN_NAME"
     domains = [f"https://{os.environ[name]}" for name in platforms_say.split() if os.environ.get(name)]
     host = "localhost"
@@ -139,12 +137,9 @@ def own_url(settings: Settings) -> str:
         host = probe.getsockname()[0]
     host = host if settings.host in (None, "0.0.0.0", "::") else settings.host
     own = f"http://{f'[{host}]' if ':' in str(host) else host}:{settings.port}"
-    return (settings.public_url or [*domains, own][0]).rstrip("/").removesuffix("/ws")
-
-
-def device_url(settings: Settings, token: str) -> str:
-    """What to paste into the device; `token` as it is to be shown."""
-    return f"ws{own_url(settings).removeprefix('http')}/ws{token}"
+    own = (settings.public_url or [*domains, own][0]).rstrip("/").removesuffix("/ws")
+    token = f"?token={token}" if settings.collector_token else ""
+    return f"ws{own.removeprefix('http')}/ws{token}", f"{own}/dashboard?token={look_token}"
 
 
 def look_token(settings: Settings, make: bool) -> str:
@@ -922,7 +917,7 @@ async def answer_owner(collector: Collector, connection: ServerConnection, path:
     name, _, form = path.removeprefix("/data/").partition(".")
     given = {key: text.replace("\0", "?") for key, text in parse_qsl(query) if key != "token"}
     told = {setting: getattr(collector.settings, setting) for setting in TOLD.split()}
-    told["device_url"] = device_url(collector.settings, "?token=…" if collector.settings.collector_token else "")
+    told["device_url"], _ = links(collector.settings)
     in_force = msgspec.json.encode(told).decode()
     if path == "/dashboard":
         return make_page(connection.respond(200, ""), in_force)
@@ -943,11 +938,11 @@ async def answer_owner(collector: Collector, connection: ServerConnection, path:
 
 def make_page(response: Response, in_force: str) -> Response:
     """dashboard.html with the settings in force, under a policy that lets nothing else run in it or reach out."""
-    page = Path(__file__).with_name("dashboard.html").read_text(encoding="utf-8")
-    parts = [page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0] for tag in ("script", "style")]
-    script, style = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts)
-    policy = f"""default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; \
+    page, nonce = Path(__file__).with_name("dashboard.html").read_text(encoding="utf-8"), os.urandom(16).hex()
+    policy = f"""default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; \
 img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"""
+    for tag in ("style", "script"):
+        page = page.replace(f"<{tag}>", f'<{tag} nonce="{nonce}">', 1)
     page = page.replace(">null<", ">" + in_force.replace("<", r"\u003c") + "<", 1)
     return put(response, page, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy})
 
@@ -972,9 +967,8 @@ async def check(settings: Settings) -> int:
     finally:
         await stop_postgres(collector.postgres)
     look = quote(look_token(settings, make=False), safe="") or "…, which the collector makes when it starts"
-    print(f"\nlook at: {own_url(settings)}/dashboard?token={look}")
-    token = f"?token={quote(settings.collector_token, safe='')}" if settings.collector_token else ""
-    print(f"Paste into the device: {device_url(settings, token)}")
+    to_paste, to_open = links(settings, quote(settings.collector_token or "", safe=""), look)
+    print(f"\nlook at: {to_open}\nPaste into the device: {to_paste}")
     return status
 
 
@@ -1022,9 +1016,9 @@ def say_how_it_stands(collector: Collector) -> None:
     if settings.collector_token is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("no COLLECTOR_TOKEN: whoever reaches the port can send rows; set one if that is not only you")
     collector.look_token = look_token(settings, make=True)
-    log.info("paste into the device: %s", device_url(settings, "?token=…" if settings.collector_token else ""))
-    shown = "…" if settings.dashboard_token else collector.look_token
-    log.info("look at: %s/dashboard?token=%s", own_url(settings), shown)
+    to_paste, to_open = links(settings, look_token="…" if settings.dashboard_token else collector.look_token)
+    log.info("paste into the device: %s", to_paste)
+    log.info("look at: %s", to_open)
 
 
 async def run(settings: Settings) -> int:

@@ -83,13 +83,13 @@ def test_a_platform_that_forgets_its_disk_needs_a_database_or_a_folder(platform)
 )  # fmt: skip
 def test_the_public_url_wins_for_what_to_paste(public_url, url, monkeypatch):
     monkeypatch.setenv("RENDER_EXTERNAL_HOSTNAME", "x.onrender.com")
-    assert sc.device_url(settings(PUBLIC_URL=public_url), "?token=…") == url + "?token=…"
-    assert sc.device_url(settings(), "") == "wss://x.onrender.com/ws"
+    assert sc.links(settings(PUBLIC_URL=public_url, COLLECTOR_TOKEN="x"))[0] == url + "?token=…"
+    assert sc.links(settings())[0] == "wss://x.onrender.com/ws"
 
 
 def test_without_it_the_machine_tells(monkeypatch):
-    assert sc.device_url(settings(HOST="127.0.0.1", PORT="81"), "") == "ws://127.0.0.1:81/ws"
-    assert sc.device_url(settings(HOST="fd00::1"), "") == "ws://[fd00::1]:5000/ws"
+    assert sc.links(settings(HOST="127.0.0.1", PORT="81"))[0] == "ws://127.0.0.1:81/ws"
+    assert sc.links(settings(HOST="fd00::1"))[0] == "ws://[fd00::1]:5000/ws"
 
 
 async def test_nonsense_stops_the_start_with_one_line_and_status_2(tmp_path):
@@ -180,4 +180,4 @@ def test_a_keyword_string_may_hold_anything_in_its_password():
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_an_address_of_all_is_none_to_paste(host):
-    assert f"//{host}" not in (url := sc.device_url(settings(HOST=host), "")) and f"[{host}]" not in url
+    assert f"//{host}" not in (url := sc.links(settings(HOST=host))[0]) and f"[{host}]" not in url
