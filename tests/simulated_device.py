@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
-"""A Shelly Pro 4PM without the hardware: speaks to a collector as the real one does, quirks included.
+"""A Shelly without the hardware, a Pro 4PM by default: speaks to a collector as the real one does, quirks included.
 
     python tests/simulated_device.py ws://localhost:5000/ws --minute 1
     python tests/simulated_device.py ws://localhost:5000/ws --history 24h
+    python tests/simulated_device.py ws://localhost:5000/ws --model pro3em
 
 It asks for subprotocol json-rpc and needs no answer, sends its whole status right after connecting, answers requests,
 then sends one frame per channel at each full minute, deltas when a load changes, and what switching off and on brings.
 After a drop it comes back. `--filter` puts the Cloudflare Worker of the README in between: only frames with a channel
 above 10 W pass, and the connection opens with the first of them.
+
+`--model pro3em` is a three-phase meter: its powers come every few seconds (em:0), its counters at each full minute
+(emdata:0). Phase c has solar panels, which give back by day; `--unconnected b` leaves a phase without a wire, which
+tells 0 V. `--model proem50` has two clamps, the second around the panels' wire, and a relay without a meter.
 
 `--history 24h` makes it a house (a pump, a heater, a fridge, a spare output) that first plays its last hours within
 seconds, each frame with the time it stands for as `received`, and then lives on. What it does depends on the time
@@ -33,14 +38,17 @@ from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketExcepti
 Frame = dict[str, Any]
 
 
+# What a device is made of, each by itself. All tell their status, their configuration and the one frame of a full minute
+# as components by key, and what happens between two minutes as a list of such.
 class Switch:
     """One metered output; power in W, energy in Wh."""
 
     name: str | None = None
     spread = 0.1  # of the load
 
-    def __init__(self, number: int, rnd: random.Random) -> None:
-        self.number, self.rnd = number, rnd
+    def __init__(self, number: int, rnd: random.Random, old_firmware: bool = False) -> None:
+        self.number, self.rnd, self.old_firmware = number, rnd, old_firmware
+        self.key = f"switch:{number}"
         self.on = True
         self.load_w = rnd.uniform(20, 1500)
         self.apower = self.current = 0.0
@@ -74,12 +82,168 @@ class Switch:
             "voltage": self.voltage,
         }
 
-    def minute(self, minute_ts: int, old_firmware: bool) -> Frame:
-        return self.energy(minute_ts) | ({} if old_firmware else self.measured())
+    def minute(self, minute_ts: int) -> Frame:
+        return {self.key: self.energy(minute_ts) | ({} if self.old_firmware else self.measured())}
 
     def status(self, minute_ts: int) -> Frame:
         rest = {"id": self.number, "source": "init", "output": self.on, "temperature": {"tC": 41.2, "tF": 106.2}}
-        return rest | self.energy(minute_ts) | self.measured()
+        return {self.key: rest | self.energy(minute_ts) | self.measured()}
+
+    def config(self) -> Frame:
+        rest = {"in_mode": "follow", "initial_state": "match_input", "auto_on": False, "auto_off": False}
+        return {self.key: {"id": self.number, "name": self.name, **rest}}
+
+    def change(self) -> list[Frame]:
+        """A load that changes, or an output that is switched."""
+        if self.rnd.random() < 0.2:
+            self.on = not self.on
+            self.change_load()
+            return self.turned()
+        self.change_load()
+        delta = {"current": self.current}
+        return [{self.key: delta if self.rnd.random() < 0.3 else {"apower": self.apower, **delta}}]
+
+    def turned(self) -> list[Frame]:
+        source = {"output": self.on, "source": "SHC"}
+        if self.on:  # the power follows
+            return [{self.key: source}, {self.key: {"apower": self.apower, "current": self.current}}]
+        return [{self.key: {"apower": 0, "current": 0, "pf": 0, **source}}]
+
+
+class Relay:
+    """An output without a meter."""
+
+    def __init__(self, number: int, rnd: random.Random) -> None:
+        self.number, self.rnd, self.key, self.on = number, rnd, f"switch:{number}", True
+
+    def pass_minute(self, hour: int) -> None:
+        pass
+
+    def minute(self, minute_ts: int) -> Frame:
+        return {}
+
+    def status(self, minute_ts: int) -> Frame:
+        return {
+            self.key: {"id": self.number, "source": "init", "output": self.on, "temperature": {"tC": 40, "tF": 104}}
+        }
+
+    def config(self) -> Frame:
+        return {self.key: {"id": self.number, "name": None, "initial_state": "off"}}
+
+    def change(self) -> list[Frame]:
+        self.on = not self.on
+        return [{self.key: {"id": self.number, "output": self.on, "source": "SHC"}}]
+
+
+class Wire:
+    """What a clamp sees of one wire; power in W, negative when it flows back, and two counters in Wh that only rise."""
+
+    def __init__(self, rnd: random.Random, solar: bool = False, connected: bool = True) -> None:
+        self.rnd, self.solar, self.connected = rnd, solar, connected
+        self.load_w = rnd.uniform(50, 2500)
+        self.drawn = rnd.uniform(1e5, 9e6) if connected else 0.0
+        self.returned = rnd.uniform(1e5, 9e6) if solar and connected else 0.0
+        self.measure()
+
+    def measure(self) -> None:
+        hour, power = time.localtime().tm_hour, self.load_w
+        if self.solar:  # at night the inverter itself takes a little
+            power = -self.load_w if 7 <= hour < 19 else 4.0
+        self.power = round(power * self.rnd.uniform(0.9, 1.1), 1) if self.connected else 0.0
+        self.voltage = round(self.rnd.uniform(226, 234), 1) if self.connected else 0.0
+        self.current = round(abs(self.power) / self.voltage * 1.02, 3) if self.connected else 0.027
+
+    def pass_minute(self) -> None:
+        self.drawn += max(self.power, 0) / 60
+        self.returned += max(-self.power, 0) / 60
+
+    def measured(self, phase: str = "") -> Frame:
+        values = {
+            "act_power": self.power,
+            "aprt_power": round(self.voltage * self.current, 1),
+            "current": self.current,  # has no sign
+            "freq": 50.0 if self.connected else 198,  # noise
+            "pf": 0.98 if self.connected else 1,
+            "voltage": self.voltage,
+        }
+        return {phase + name: value for name, value in values.items()}
+
+    def counted(self, phase: str = "") -> Frame:
+        values = {"total_act_energy": self.drawn, "total_act_ret_energy": self.returned}
+        return {phase + name: round(value, 2) for name, value in values.items()}
+
+
+class Clamp:
+    """A meter of one wire: power in em1:N, counters in em1data:N."""
+
+    def __init__(self, number: int, rnd: random.Random, name: str, solar: bool = False) -> None:
+        self.number, self.rnd, self.name, self.wire = number, rnd, name, Wire(rnd, solar)
+
+    def pass_minute(self, hour: int) -> None:
+        self.wire.pass_minute()
+
+    def minute(self, minute_ts: int) -> Frame:
+        return {f"em1data:{self.number}": {"id": self.number, **self.wire.counted()}}
+
+    def status(self, minute_ts: int) -> Frame:
+        measured = {"id": self.number, **self.wire.measured(), "calibration": "factory"}
+        return {f"em1:{self.number}": measured} | self.minute(minute_ts)
+
+    def config(self) -> Frame:
+        rest = {"reverse": False, "ct_type": "50A"}
+        return {f"em1:{self.number}": {"id": self.number, "name": self.name, **rest}, f"em1data:{self.number}": {}}
+
+    def change(self) -> list[Frame]:
+        """Mostly all that it measures; sometimes the voltage has stayed within its threshold."""
+        before = self.wire.voltage
+        self.wire.measure()
+        measured = self.wire.measured()
+        if self.rnd.random() < 0.3:
+            self.wire.voltage = before
+            measured = {name: measured[name] for name in ("act_power", "current")}
+        return [{f"em1:{self.number}": {"id": self.number, **measured}}]
+
+
+class ThreePhase:
+    """A meter of three wires: their powers in em:0, their counters in emdata:0."""
+
+    name = "House"
+
+    def __init__(self, rnd: random.Random, unconnected: str | None = None) -> None:
+        self.wires = {phase: Wire(rnd, phase == "c", phase != unconnected) for phase in "abc"}
+
+    def pass_minute(self, hour: int) -> None:
+        for wire in self.wires.values():
+            wire.pass_minute()
+
+    def measured(self) -> Frame:
+        values: Frame = {"id": 0}
+        for phase, wire in self.wires.items():
+            values |= wire.measured(f"{phase}_")
+        sums = {
+            name: sum(values[f"{phase}_{name}"] for phase in "abc") for name in ("act_power", "aprt_power", "current")
+        }
+        return values | {"n_current": None} | {f"total_{name}": round(value, 3) for name, value in sums.items()}
+
+    def minute(self, minute_ts: int) -> Frame:
+        values: Frame = {"id": 0}
+        for phase, wire in self.wires.items():
+            values |= wire.counted(f"{phase}_")
+        for total, counter in ("total_act", "total_act_energy"), ("total_act_ret", "total_act_ret_energy"):
+            values[total] = round(sum(values[f"{phase}_{counter}"] for phase in "abc"), 2)
+        return {"emdata:0": values}
+
+    def status(self, minute_ts: int) -> Frame:
+        return {"em:0": self.measured() | {"user_calibrated_phase": []}} | self.minute(minute_ts)
+
+    def config(self) -> Frame:
+        rest = {"monitor_phase_sequence": False, "phase_selector": "all", "reverse": {}, "ct_type": "120A"}
+        return {"em:0": {"id": 0, "name": self.name, **rest}, "emdata:0": {}}
+
+    def change(self) -> list[Frame]:
+        for wire in self.wires.values():
+            wire.measure()
+        return [{"em:0": self.measured()}]
 
 
 def pump(rnd: random.Random, hour: int) -> list[float]:
@@ -112,8 +276,8 @@ class Load(Switch):
 
     spread = 0.015
 
-    def __init__(self, number: int, rnd: random.Random) -> None:
-        super().__init__(number, rnd)
+    def __init__(self, number: int, rnd: random.Random, old_firmware: bool = False) -> None:
+        super().__init__(number, rnd, old_firmware)
         again, kind = divmod(number, len(LOADS))
         name, self.plan, self.switched = LOADS[kind]
         self.name = f"{name} {again + 1}" if again else name
@@ -129,15 +293,16 @@ class Load(Switch):
 
 
 class Device:
-    """The frames of one device; `sent` keeps those that went out, the newest last."""
+    """The frames of one device, a Pro 4PM unless told otherwise; `sent` keeps those that went out, the newest last."""
 
     name: str | None = None
     at: float | None = None  # the time in the past that frames are made for
+    pauses = (0.2, 0.5)  # between two changes, in minutes
 
     def __init__(self, device_id: str, channels: int = 4, old_firmware: bool = False, seed: int = 1) -> None:
         self.rnd = random.Random(seed)
         self.id, self.old_firmware = device_id, old_firmware
-        self.switches: list[Switch] = [Switch(n, self.rnd) for n in range(channels)]
+        self.parts: list[Any] = [Switch(n, self.rnd, old_firmware) for n in range(channels)]
         self.booted = time.time()
         self.synced = False  # before the first NTP answer ts is the uptime
         self.sent: list[Frame] = []
@@ -151,8 +316,7 @@ class Device:
 
     def components(self) -> Frame:
         minute_ts = int(time.time()) // 60 * 60
-        switches = {f"switch:{s.number}": s.status(minute_ts) for s in self.switches}
-        rest = {
+        components = {
             "ble": {},
             "cloud": {"connected": True},
             "input:0": {"id": 0, "state": False},
@@ -165,15 +329,18 @@ class Device:
             "wifi": {"sta_ip": "192.168.1.20", "status": "got ip", "rssi": -58},
             "ws": {"connected": True},
         }
-        return rest | switches
+        for part in self.parts:
+            components |= part.status(minute_ts)
+        return dict(sorted(components.items()))
 
     def full_status(self) -> Frame:
         return self.notify(self.components(), "NotifyFullStatus")
 
     def config(self) -> Frame:
-        rest = {"in_mode": "follow", "initial_state": "match_input", "auto_on": False, "auto_off": False}
-        switches = {f"switch:{s.number}": {"id": s.number, "name": s.name, **rest} for s in self.switches}
-        return {"sys": {"device": {"name": self.name, "mac": self.id[-12:].upper(), "discoverable": True}}} | switches
+        config = {"sys": {"device": {"name": self.name, "mac": self.id[-12:].upper(), "discoverable": True}}}
+        for part in self.parts:
+            config |= part.config()
+        return config
 
     def answer(self, request: Frame) -> Frame:
         reply = {"id": request.get("id"), "src": self.id, "dst": request.get("src")}
@@ -184,31 +351,36 @@ class Device:
         return reply | {"error": {"code": 404, "message": f"No handler for {request.get('method')}"}}
 
     def minute(self) -> list[Frame]:
-        """One frame per channel, also while off."""
+        """One frame per part that has a meter, also while off."""
         minute_ts = int(self.at or time.time()) // 60 * 60
         hour = time.localtime(minute_ts).tm_hour
-        for switch in self.switches:
-            switch.pass_minute(hour)
-        return [self.notify({f"switch:{s.number}": s.minute(minute_ts, self.old_firmware)}) for s in self.switches]
+        for part in self.parts:
+            part.pass_minute(hour)
+        return [self.notify(components) for part in self.parts if (components := part.minute(minute_ts))]
 
     def change(self) -> list[Frame]:
-        """What happens between two minutes: a load that changes, or an output that is switched."""
-        switch = self.rnd.choice(self.switches)
-        key = f"switch:{switch.number}"
-        if self.rnd.random() < 0.2:
-            switch.on = not switch.on
-            switch.change_load()
-            return self.switched(switch)
-        switch.change_load()
-        delta = {"current": switch.current}
-        return [self.notify({key: delta if self.rnd.random() < 0.3 else {"apower": switch.apower, **delta}})]
+        """What happens between two minutes."""
+        return [self.notify(components) for components in self.rnd.choice(self.parts).change()]
 
-    def switched(self, switch: Switch) -> list[Frame]:
-        key, source = f"switch:{switch.number}", {"output": switch.on, "source": "SHC"}
-        if switch.on:  # the power follows
-            power = {"apower": switch.apower, "current": switch.current}
-            return [self.notify({key: source}), self.notify({key: power})]
-        return [self.notify({key: {"apower": 0, "current": 0, "pf": 0, **source}})]
+
+class Pro3EM(Device):
+    """A three-phase meter."""
+
+    pauses = (0.03, 0.1)
+
+    def __init__(self, device_id: str, unconnected: str | None = None, seed: int = 1) -> None:
+        super().__init__(device_id, seed=seed)
+        self.parts = [ThreePhase(self.rnd, unconnected)]
+
+
+class ProEM50(Device):
+    """Two clamps, the second one around the wire of solar panels, and a relay without a meter."""
+
+    pauses = (0.03, 0.1)
+
+    def __init__(self, device_id: str, seed: int = 1) -> None:
+        super().__init__(device_id, seed=seed)
+        self.parts = [Clamp(0, self.rnd, "Mains"), Clamp(1, self.rnd, "Panels", solar=True), Relay(0, self.rnd)]
 
 
 class House(Device):
@@ -223,10 +395,10 @@ class House(Device):
 
     def minute(self) -> list[Frame]:
         """Loads change at full minutes: what that switched comes after the frames, and no row is made of it."""
-        before = [switch.on for switch in self.switches]
+        before = [switch.on for switch in self.parts]
         frames = super().minute()
-        for switch, was_on in zip(self.switches, before, strict=True):
-            frames += self.switched(switch) if switch.on != was_on else []
+        for switch, was_on in zip(self.parts, before, strict=True):
+            frames += [self.notify(components) for components in switch.turned() if switch.on != was_on]
         return frames
 
     def change(self) -> list[Frame]:
@@ -234,7 +406,8 @@ class House(Device):
 
     def remember(self) -> None:
         """Live from the start of a week, the same for every run, up to this minute, and keep the last hours' frames."""
-        self.switches = [Load(s.number, random.Random(f"{self.number}/{s.number}")) for s in self.switches]
+        rnds = [random.Random(f"{self.number}/{n}") for n in range(len(self.parts))]
+        self.parts = [Load(n, rnd, self.old_firmware) for n, rnd in enumerate(rnds)]
         self.lived_s, week_s = int(time.time()) // 60 * 60, 7 * 86400
         first = self.lived_s - self.minutes * 60
         silent = first + int(self.minutes * self.rnd.uniform(0.3, 0.6)) * 60
@@ -321,9 +494,9 @@ async def play(line: Line, minute_s: float, minutes: int | None) -> None:
         await play_past(line, device)
     done = 0
     while minutes is None or done < minutes:
-        till_minute = minute_s - time.time() % minute_s
-        if till_minute > 0.3 * minute_s:
-            await asyncio.sleep(till_minute * device.rnd.uniform(0.2, 0.6))
+        till_minute, pause = minute_s - time.time() % minute_s, minute_s * device.rnd.uniform(*device.pauses)
+        if till_minute > pause + 0.05 * minute_s:
+            await asyncio.sleep(pause)
             await line.send(*device.change())
             continue
         await asyncio.sleep(till_minute + device.rnd.uniform(0, 0.02) * min(1, minute_s))
@@ -358,30 +531,43 @@ def read_history(text: str) -> int:
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description="A Shelly Pro 4PM without the hardware.")
+    parser = argparse.ArgumentParser(description="A Shelly without the hardware.")
     parser.add_argument("url", nargs="?", default="ws://localhost:5000/ws", help="default: %(default)s")
+    parser.add_argument(
+        "--model", choices=["pro4pm", "pro3em", "proem50"], default="pro4pm", help="default: %(default)s"
+    )
     parser.add_argument("--devices", type=int, default=1, help="how many")
-    parser.add_argument("--channels", type=int, default=4, help="of each device")
+    parser.add_argument("--channels", type=int, help="of each Pro 4PM; default: 4")
     parser.add_argument("--minute", type=float, default=60.0, metavar="S", help="seconds that a minute takes, e.g. 1")
     parser.add_argument("--minutes", type=int, metavar="N", help="stop after so many; default: never")
     parser.add_argument("--history", type=read_history, metavar="TIME", help="play so much past first, e.g. 24h or 90m")
     parser.add_argument("--old-firmware", action="store_true", help="before 1.5: minute frames hold aenergy alone")
     parser.add_argument("--filter", action="store_true", help="send what the filter in front lets pass")
+    parser.add_argument("--unconnected", choices="abc", help="the phase of a Pro 3EM that has no wire")
     parser.add_argument("--quiet", action="store_true", help="do not show what is sent")
     args = parser.parse_args()
     if not args.minute > 0:
         parser.error("--minute must be above 0")
+    belong = dict.fromkeys(("channels", "history", "old_firmware", "filter"), "pro4pm") | {"unconnected": "pro3em"}
+    for name, model in belong.items():
+        if getattr(args, name) not in (None, False) and model != args.model:
+            parser.error(f"--{name.replace('_', '-')} goes with --model {model} only")
 
     def show(text: str) -> None:
         if not args.quiet:
             print(text, flush=True)
 
-    devices = [
-        House(n + 1, args.channels, args.old_firmware, args.history)
-        if args.history
-        else Device(f"shellypro4pm-a1b2c3{n:06x}", args.channels, args.old_firmware, seed=n)
-        for n in range(args.devices)
-    ]
+    def make(n: int) -> Device:
+        device_id, channels = f"shelly{args.model}-a1b2c3{n:06x}", 4 if args.channels is None else args.channels
+        if args.model == "pro3em":
+            return Pro3EM(device_id, args.unconnected, seed=n)
+        if args.model == "proem50":
+            return ProEM50(device_id, seed=n)
+        if args.history:
+            return House(n + 1, channels, args.old_firmware, args.history)
+        return Device(device_id, channels, args.old_firmware, seed=n)
+
+    devices = [make(n) for n in range(args.devices)]
     lines = [Line(device, args.url, args.filter, show) for device in devices]
     lives = asyncio.gather(*(live(line, args.minute, args.minutes) for line in lines))
     for name in (signal.SIGINT, signal.SIGTERM):
