@@ -608,7 +608,7 @@ RETURNS TABLE (device_id TEXT, channel TEXT, day DATE, energy_wh FLOAT, rows BIG
 CREATE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 3';
 """
 HISTORY = """INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)
- SELECT date_trunc('day', now()) + n * INTERVAL '1 second', 'old', 'switch:0', 1, 2, 3, n FROM generate_series(0, 100) n"""
+ SELECT date_trunc('hour', now()) - INTERVAL '1 hour' + n * INTERVAL '1 second', 'old', 'switch:0', 1, 2, 3, n FROM generate_series(0, 100) n"""
 
 
 def ask(database, query, *values):
