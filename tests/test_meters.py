@@ -130,21 +130,16 @@ async def test_a_counter_that_was_heard_before_makes_its_row_with_the_first_powe
 async def test_a_delta_of_either_half_is_laid_over_what_was_known(make, part):
     collector = make()
     feed(collector, part.says(**POWER, **COUNTER), NOON)
-    deltas = [
-        ("act_power", -7),
-        ("current", 0.25),
-        ("voltage", 231),
-        ("total_act_energy", 1001),
-        ("total_act_ret_energy", 51),
-    ]
-    for minute, (field, value) in enumerate(deltas, 1):
-        feed(collector, part.says(**{field: value}), NOON + 60 * minute)
+    deltas = [{"act_power": -7}, {"current": 0.25}, {"voltage": 231}, {"total_act_energy": 1001}, {"act_power": -8}]
+    deltas[-1]["total_act_ret_energy"] = 51
+    for minute, delta in enumerate(deltas, 1):
+        feed(collector, part.says(**delta), NOON + 60 * minute)
     assert rows(collector)[1:] == [
         (60, -7.0, 230.0, 0.5, 1000.0, 50.0),
         (120, -7.0, 230.0, 0.25, 1000.0, 50.0),
         (180, -7.0, 231.0, 0.25, 1000.0, 50.0),
         (240, -7.0, 231.0, 0.25, 1001.0, 50.0),
-        (300, -7.0, 231.0, 0.25, 1001.0, 51.0),
+        (300, -8.0, 231.0, 0.25, 1001.0, 51.0),
     ]
 
 
@@ -167,6 +162,16 @@ async def test_neither_half_of_a_whole_status_wipes_what_the_other_said(make, pa
     feed(collector, part.says(method, act_power=7.0, voltage=231.0, current=0.1), NOON + 60)
     feed(collector, part.says(method, total_act_energy=1010.0, total_act_ret_energy=51.0), NOON + 120)
     assert rows(collector)[1:] == [(60, 7.0, 231.0, 0.1, 1000.0, 50.0), (120, 7.0, 231.0, 0.1, 1010.0, 51.0)]
+
+
+@of_both_kinds
+async def test_the_first_row_after_hours_of_silence_has_the_counter_of_its_own_status(make, part):
+    collector = make()
+    feed(collector, part.says(**POWER, **COUNTER), NOON)
+    # With the counter of noon, what was drawn meanwhile would look like drawn within the minute to the next row.
+    whole = POWER | {"total_act_energy": 9000.0, "total_act_ret_energy": 70.0}
+    feed(collector, part.says("NotifyFullStatus", **whole), NOON + 6 * 3600)
+    assert rows(collector)[1:] == [(6 * 3600, 100.0, 230.0, 0.5, 9000.0, 70.0)]
 
 
 @pytest.mark.parametrize("method", ["NotifyFullStatus", None], ids=["whole", "answer"])
@@ -474,7 +479,7 @@ async def test_what_a_switch_gave_back_is_laid_over_replaced_and_taken_away_like
              ("NotifyStatus", {"ret_aenergy": {"total": 8.0}}, 8.0), ("NotifyStatus", {"ret_aenergy": None}, None),
              ("NotifyStatus", {"ret_aenergy": {"total": 9.0}}, 9.0), ("NotifyFullStatus", whole, None)]  # fmt: skip
     for minute, (method, fields, _) in enumerate(gives):
-        feed(collector, notify({"switch:0": fields}, METER, method), NOON + 60 * minute)
+        feed(collector, notify({"switch:0": {"apower": 1.0, **fields}}, METER, method), NOON + 60 * minute)
     assert [row.energy_returned_wh for row in taken(collector)] == [value for *_, value in gives]
 
 
@@ -613,7 +618,7 @@ HISTORY = """INSERT INTO power_logs (timestamp, device_id, channel, apower_w, vo
 
 def ask(database, query, *values):
     with psycopg.connect(database, autocommit=True) as conn:
-        return conn.execute(query, values).fetchall()
+        return conn.execute(query, values or None).fetchall()
 
 
 def relfilenode(database):
@@ -922,7 +927,7 @@ async def test_every_value_of_every_row_is_one_that_the_meter_sent(collectors, d
             components = frame.get("params") or frame.get("result") or {}
             for key in ("em:0", "emdata:0"):
                 for name, value in components.get(key, {}).items():
-                    sent[one.id].setdefault(name, set()).add(value)
+                    sent[one.id].setdefault(name, []).append(value)
     found = read_rows(database, VALUES)
     assert len(found) >= 3 * 3 * 5
     for device_id, channel, *values in found:
