@@ -466,7 +466,7 @@ async def test_whatever_comes_only_finite_numbers_of_the_same_phase_and_field_be
 async def test_a_row_holds_what_a_switch_gave_back_and_never_waits_for_it(make, caplog, kind, returned, value):
     collector = make()
     whole = {"apower": 100.0, "voltage": 230.0, "current": 0.5, "aenergy": {"total": 1000.0}}
-    feed(collector, notify({f"{kind}:0": whole}, METER), NOON)
+    assert not feed(collector, notify({f"{kind}:0": whole}, METER), NOON)  # nor asks for it
     feed(collector, notify({f"{kind}:0": {"apower": -1.0, "ret_aenergy": returned}}, METER), NOON + 60)
     assert rows(collector) == [(0, 100.0, 230.0, 0.5, 1000.0, None), (60, -1.0, 230.0, 0.5, 1000.0, value)]
     assert not caplog.messages
