@@ -20,8 +20,13 @@ IF to_regclass('power_logs') IS NULL THEN CREATE TABLE power_logs (
     voltage_v       FLOAT        NOT NULL,
     current_a       FLOAT        NOT NULL,
     energy_total_wh FLOAT        NOT NULL,
-    created_at      TIMESTAMPTZ  DEFAULT NOW()
+    created_at      TIMESTAMPTZ  DEFAULT NOW(),
+    energy_returned_wh FLOAT
 ); END IF;
+
+-- Tables from before this column: no row is rewritten, and theirs is NULL.
+IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'power_logs'::regclass AND attname = 'energy_returned_wh')
+THEN ALTER TABLE power_logs ADD COLUMN energy_returned_wh FLOAT; END IF;
 
 IF to_regclass('channel_names') IS NULL THEN CREATE TABLE channel_names (
     device_id   VARCHAR(100) NOT NULL,
@@ -45,6 +50,10 @@ BEGIN
         COMMENT ON COLUMN power_logs.current_a       IS 'current, A; 0 also where the device never reported it';
         COMMENT ON COLUMN power_logs.energy_total_wh IS 'aenergy.total: the device''s own counter, Wh; it falls when it is reset';
         COMMENT ON COLUMN power_logs.created_at      IS 'When the row was written: later than timestamp by an outage''s length';
+    END IF;
+    IF col_description('power_logs'::regclass, (SELECT attnum FROM pg_attribute
+                       WHERE attrelid = 'power_logs'::regclass AND attname = 'energy_returned_wh')) IS NULL THEN
+        COMMENT ON COLUMN power_logs.energy_returned_wh IS 'ret_aenergy.total: the counter of energy given back (solar), Wh; NULL where the device says nothing of it';
     END IF;
 END $$;
 
@@ -165,24 +174,39 @@ LANGUAGE sql STABLE AS $$
     FROM runs r WHERE r.ends > since AND (r.ends - r.begins >= min_duration OR r.ends >= now() - gap)
 $$;
 
+-- Its last column was added later, and only a new function can have another one. A view of the owner's keeps the old one.
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_proc WHERE oid = to_regprocedure('energy_by_day(timestamptz,timestamptz,text)')
+               AND NOT 'energy_returned_wh' = ANY (proargnames)) THEN
+        DROP FUNCTION energy_by_day(TIMESTAMPTZ, TIMESTAMPTZ, TEXT);
+    END IF;
+EXCEPTION WHEN dependent_objects_still_exist THEN
+    ALTER FUNCTION energy_by_day(TIMESTAMPTZ, TIMESTAMPTZ, TEXT) RENAME TO energy_by_day_of_version_3;
+END $$;
+
 -- By quarters of an hour first: every zone's days begin at one, and so few times have to be converted.
 CREATE OR REPLACE FUNCTION energy_by_day(
     since TIMESTAMPTZ DEFAULT now() - INTERVAL '45 days', until TIMESTAMPTZ DEFAULT now(),
     zone TEXT DEFAULT current_setting('TimeZone'))
-RETURNS TABLE (device_id TEXT, channel TEXT, day DATE, energy_wh FLOAT, rows BIGINT)
+RETURNS TABLE (device_id TEXT, channel TEXT, day DATE, energy_wh FLOAT, rows BIGINT, energy_returned_wh FLOAT)
 LANGUAGE sql STABLE AS $$
     WITH readings AS (
         SELECT p.device_id, p.channel, p.timestamp AS at, p.energy_total_wh AS wh,
                lag(p.energy_total_wh) OVER w AS before_wh, lead(p.timestamp) OVER w AS next_at,
-               lead(p.energy_total_wh) OVER w AS next_wh
+               lead(p.energy_total_wh) OVER w AS next_wh, p.energy_returned_wh AS back_wh,
+               lag(p.energy_returned_wh) OVER w AS before_back_wh, lead(p.energy_returned_wh) OVER w AS next_back_wh
         FROM power_logs p WHERE p.timestamp >= since AND p.timestamp < until + INTERVAL '1 day'
         WINDOW w AS (PARTITION BY p.device_id, p.channel ORDER BY p.timestamp)
     ), quarters AS (
         SELECT r.device_id, r.channel, date_bin('15 minutes', r.at, TIMESTAMPTZ 'epoch') AS quarter, count(*) AS rows,
-               sum(counter_rise(r.before_wh, r.wh, r.next_wh, date_part('epoch', r.next_at - r.at))) AS energy_wh
+               sum(counter_rise(r.before_wh, r.wh, r.next_wh, date_part('epoch', r.next_at - r.at))) AS energy_wh,
+               sum(CASE WHEN r.back_wh IS NOT NULL THEN counter_rise(
+                   r.before_back_wh, r.back_wh, r.next_back_wh, date_part('epoch', r.next_at - r.at)) END) AS returned_wh
         FROM readings r WHERE r.at < until GROUP BY 1, 2, 3
     )
-    SELECT q.device_id::text, q.channel::text, (q.quarter AT TIME ZONE zone)::date, sum(q.energy_wh), sum(q.rows)::bigint
+    SELECT q.device_id::text, q.channel::text, (q.quarter AT TIME ZONE zone)::date, sum(q.energy_wh), sum(q.rows)::bigint,
+           sum(q.returned_wh)
     FROM quarters q GROUP BY q.device_id, q.channel, (q.quarter AT TIME ZONE zone)::date
 $$;
 
@@ -238,7 +262,7 @@ DECLARE
 BEGIN
     FOR part IN VALUES
         ('power_cycles', 'Runs of each device_id and channel that touch the window: started_at, ended_at (end of the last row that runs), clipped at the window; ongoing: its end is within gap of now; complete: it touches no edge of the window; energy_wh: by the counter, Wh; mean_w and mean_a: mean apower (W) and current (A) while it runs, by time; max_w: the largest of its readings in magnitude, W; median_v: V, NULL if never reported. A row runs above min_power_w (either sign), or if the counter rises by more than that until the next one; rows up to gap apart are one run; shorter than min_duration is noise, unless ongoing; a row stands for row_length'),
-        ('energy_by_day', 'For each device_id, channel and local day of zone: energy_wh, what the counter rose from each of its rows to the next, Wh (resets and lost digits are seen to); rows: how many it has. A day without rows is absent'),
+        ('energy_by_day', 'For each device_id, channel and local day of zone: energy_wh, what the counter rose from each of its rows to the next, Wh (resets and lost digits are seen to); rows: how many it has; energy_returned_wh: the same of what was given back, NULL where a device says nothing of it. A day without rows is absent'),
         ('coverage', 'For each device_id and channel with rows in the window: first_row, last_row; rows; missing: how many rows of row_length are not there between the two; longest_gap; resets of the counter. With min_power_w (rows are kept only while something runs) a gap after a row at or below it is "off", not missing'),
         ('power_series', 'For charts: device_id, channel, bucket (its start, a round time of UTC), mean_w and max_w (mean and maximum of apower in it, W), rows in it. A bucket without rows is absent. Without step: one that gives at most 1,500 buckets'),
         ('newest_rows', 'The newest row of each channel: device_id, channel, name (as in channel_names), timestamp (start of its interval), apower_w (W), energy_total_wh (the counter, Wh)'),
@@ -335,13 +359,14 @@ END
 $$;
 
 -- What the collector does beside writing rows: it notes the names in a device's configuration (Shelly.GetConfig), its own
--- and those of its metered channels,
+-- and those of its metered channels (a three-phase meter has one name for its phases, and each its letter),
 CREATE OR REPLACE FUNCTION note_names(device TEXT, config JSONB) RETURNS VOID LANGUAGE sql AS $$
     INSERT INTO channel_names AS known (device_id, channel, device_says)
     SELECT device, '', left(config #>> '{sys,device,name}', 100) WHERE jsonb_typeof(config #> '{sys,device}') = 'object'
     UNION ALL
-    SELECT device, part.key, left(part.value ->> 'name', 100) FROM jsonb_each(config) part
-    WHERE part.key <> 'sys' AND jsonb_typeof(part.value) = 'object'
+    SELECT device, part.key || lower(phase), left(part.value ->> 'name', 100) || translate(phase, ':', ' ')
+    FROM jsonb_each(config) part, unnest(CASE WHEN part.key ~ '^em:' THEN '{:A,:B,:C}' ELSE '{""}' END::text[]) phase
+    WHERE part.key !~ '^sys$|data:' AND jsonb_typeof(part.value) = 'object'
     ON CONFLICT (device_id, channel) DO UPDATE SET device_says = excluded.device_says
     WHERE known.device_says IS DISTINCT FROM excluded.device_says
 $$;
@@ -355,6 +380,6 @@ CREATE OR REPLACE FUNCTION forget_rows(days INT) RETURNS VOID LANGUAGE sql AS $$
 $$;
 
 -- The number of this file. The collector applies it where the database holds a lower one: raise it with each change.
-CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 3';
+CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 4';
 
 COMMIT;

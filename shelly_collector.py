@@ -30,7 +30,7 @@ import sys
 import time
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -48,14 +48,25 @@ from websockets.frames import TEXT
 
 log = logging.getLogger("shelly_collector")
 ISO = "%Y-%m-%dT%H:%M:%SZ"  # UTC, to the second
-PRICE = re.compile(r"(\d{1,9}(?:[.,]\d{1,9})?)\s*([^\d\s.,<&]{0,12})")  # per kWh: 0.2516 EUR
 
 # ---- What the protocol fixes, and the limits. Times are seconds. ----------------------------------------------------
 # Sent to every device. A real one answers the first with 404 and streams all the same; the second brings its status.
 ENABLE_NOTIFICATIONS = '{"id":1,"src":"collector","method":"NotifyStatus","params":{"enable":true}}'
 GET_STATUS = '{"id":2,"src":"collector","method":"Shelly.GetStatus"}'
 GET_CONFIG = '{"id":3,"src":"collector","method":"Shelly.GetConfig"}'  # for its names, once it has answered
-METERED, MOST_NUMBERS = ("switch", "pm1", "cover", "light"), 128  # share a switch's fields; real numbers are small
+# The channels of each kind of component, {} being its number, and how it calls the fields of Reading; -: not at all.
+# A clamp's counters are in a data twin of their own; a three-phase meter has a channel for each phase.
+KINDS = [
+    *((kind, kind + ":{}", "apower voltage current aenergy ret_aenergy") for kind in "switch pm1 cover light".split()),
+    ("em1", "em1:{}", "act_power voltage current -aenergy -ret_aenergy"),
+    ("em1data", "em1:{}", "-apower -voltage -current total_act_energy total_act_ret_energy"),
+    *(("em", f"em:{{}}:{p}", f"{p}_act_power {p}_voltage {p}_current -aenergy -ret_aenergy") for p in "abc"),
+    *(
+        ("emdata", f"em:{{}}:{p}", f"-apower -voltage -current {p}_total_act_energy {p}_total_act_ret_energy")
+        for p in "abc"
+    ),
+]
+MOST_NUMBERS = 128  # of a kind; real ones are few
 VOLTAGE_AGE, ASK_AGAIN = 300.0, 60.0  # old firmware seldom sends its voltage: ask for an older one, but not more often
 EARLY = 0.25  # a minute frame that comes this early, by the server's clock, means the minute that begins
 MOST_DEVICES, MOST_CHANNELS = 1_000, 50_000  # that one connection speaks for; that are known, of 0.5 kB each
@@ -108,7 +119,7 @@ def read_settings(env: dict[str, str | None]) -> Settings:
         raise ValueError("DB_POOL_MIN_SIZE must not be above DB_POOL_MAX_SIZE")
     if wrong := [name for name in ("COLLECTOR_TOKEN", "DASHBOARD_TOKEN") if not texts.get(name, "").isprintable()]:
         raise ValueError(f"{wrong[0]} must hold printable characters only")
-    if not PRICE.fullmatch(settings.price_per_kwh or "0"):
+    if not re.fullmatch(r"\d{1,9}([.,]\d{1,9})?\s*[^\d\s.,<&]{0,12}", settings.price_per_kwh or "0"):
         raise ValueError("PRICE_PER_KWH must be like 0.2516 EUR")
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", settings.public_url or "http://x"):
         raise ValueError("PUBLIC_URL must be like https://shelly.example.org")
@@ -166,15 +177,19 @@ def one_line(exc: BaseException) -> str:
 Measured = Annotated[float, Meta(ge=-1e9, le=1e9)] | None | UnsetType
 
 
+Counted = Annotated[float, Meta(ge=-1e12, le=1e12)] | None | UnsetType
+
+
 class Energy(msgspec.Struct, gc=False):
-    total: Annotated[float, Meta(ge=-1e12, le=1e12)] | UnsetType | None = UNSET  # Wh
+    total: Counted = UNSET  # Wh
 
 
-class Component(msgspec.Struct, gc=False):
+class Reading(msgspec.Struct, gc=False):
     apower: Measured = UNSET  # W
     voltage: Measured = UNSET  # V
     current: Measured = UNSET  # A
-    aenergy: Energy | UnsetType | None = UNSET
+    aenergy: Energy | UnsetType | None = UNSET  # a data twin has numbers here
+    ret_aenergy: Energy | UnsetType | None = UNSET  # what was given back
 
 
 class Frame(msgspec.Struct, gc=False):
@@ -188,19 +203,35 @@ class Frame(msgspec.Struct, gc=False):
 
 
 decode = msgspec.json.Decoder(Frame).decode
-decode_component = msgspec.json.Decoder(Component | None).decode
-ID_OF_CONFIG = Raw(b"3")  # as in GET_CONFIG
 
 
-def decode_frame(text: str | bytes) -> tuple[Frame, dict[str, Raw], bool]:
-    """The frame, its components by key, and whether they are the whole of it; raises ValueError."""
+def make_decoders(numbers: Iterable[int], missing: UnsetType | None) -> dict[str, list[tuple[str, Any]]]:
+    """By component key: its channels, and what decodes a reading of each, with `missing` for the fields it lacks."""
+    decoders: dict[str, list[tuple[str, Any]]] = {}
+    for kind, channel, names in KINDS:
+        called = dict(zip(Reading.__annotations__, names.split(), strict=True))
+        types = Reading.__annotations__ | {name: Counted for name, here in called.items() if here.endswith("_energy")}
+        fields = [(name, types[name], UNSET if here[0] == "-" else missing) for name, here in called.items()]
+        reading: Any = msgspec.defstruct("Reading", fields, rename=called, gc=False)
+        decode_reading = msgspec.json.Decoder(reading | None).decode
+        for number in numbers:
+            decoders.setdefault(f"{kind}:{number}", []).append((channel.format(number), decode_reading))
+    return decoders
+
+
+def decode_frame(text: str | bytes, now: float) -> tuple[Frame, dict[str, Raw], bool, float]:
+    """The frame, its components by key, whether they are the whole of it, and the time it counts for; or ValueError."""
     frame = decode(text)
+    if frame.received is not None:
+        if now - frame.received > HELD_BACK:
+            raise ValueError("received more than 25 hours ago")
+        now = min(now, frame.received)  # a clock that runs ahead means now
     if frame.method not in ("NotifyStatus", "NotifyFullStatus", None) or frame.error is not UNSET:
-        return frame, {}, False
+        return frame, {}, False, now
     components = frame.params if frame.method else frame.result  # a Wall Display sends an id with its method
     if components is None:
         raise ValueError("neither a notification nor an answer")
-    return frame, components, frame.method != "NotifyStatus"
+    return frame, components, frame.method != "NotifyStatus", now
 
 
 # ---- State: what main makes and hands on; times are seconds since 1970 by the server's clock, unless they say more. --
@@ -212,26 +243,27 @@ class Row(NamedTuple):  # a line of power_logs, in the order of its columns
     voltage_v: float
     current_a: float
     energy_total_wh: float
+    energy_returned_wh: float | None = None  # the device says nothing of it
 
 
 @dataclass(slots=True)
 class Channel:  # what it has said so far, and which interval it has a row for
     device_id: str
     component: str
-    values: list[float | None] = field(default_factory=lambda: [None] * 4)  # in Row's order; None: not reported
+    values: list[Any] = field(default_factory=lambda: [None] * 5)  # in Row's order; None: not reported
     heard: float = 0.0
     voltage_time: float = 0.0
     last_write_time: float = 0.0  # start of the interval that the newest row stands for
     running: bool = False  # the newest row was above MIN_POWER_W
     warned: bool = False  # of values that never came
-    waiting: tuple[tuple[float, float, list[float | None]], ...] = ()  # rows: deadline (monotonic), time, values
+    waiting: tuple[tuple[float, float, list[Any]], ...] = ()  # rows: deadline (monotonic), time, values
 
 
 @dataclass(slots=True)
 class Collector:  # the state that handlers, writer and health page share
     settings: Settings
     outbox: "Outbox"
-    kept: frozenset[str]  # component keys
+    kept: tuple[dict[str, list[tuple[str, Any]]], ...]  # make_decoders' for what changed, and for a whole status
     interval_s: float
     early_s: float
     channels: dict[str, Channel] = field(default_factory=dict)  # by device and component
@@ -256,7 +288,7 @@ class Collector:  # the state that handlers, writer and health page share
 
 
 def make_collector(settings: Settings) -> Collector:
-    kept = frozenset(f"{kind}:{number}" for kind in METERED for number in settings.channels or range(MOST_NUMBERS))
+    kept = tuple(make_decoders(settings.channels or range(MOST_NUMBERS), missing) for missing in (UNSET, None))
     interval_s = settings.throttle_interval_seconds
     return Collector(settings, Outbox(Path(settings.data_dir)), kept, interval_s, min(EARLY, interval_s / 240))
 
@@ -285,52 +317,57 @@ def should_write(collector: Collector, channel: Channel) -> bool:
 
 def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes, now: float) -> str:
     """Put the rows that a frame makes due into the outbox; what to ask the device for, or "". Raises ValueError."""
-    frame, components, whole = decode_frame(text)
+    frame, components, whole, now = decode_frame(text, now)
     if not components:
         return ""
-    src, held_back = frame.src, frame.received is not None
-    now = time_of(frame, now) if held_back else now
-    if src not in link.devices:
+    src = frame.src
+    if src != link.name and src not in link.devices:
         admit_device(link, src)
-    if frame.method is None and frame.id == ID_OF_CONFIG:
+    if frame.method is None and bytes(frame.id) == b"3":  # that of GET_CONFIG
         return note_names(collector, src, components)
-    interval_s, ask = collector.interval_s, False
-    interval = (now + collector.early_s) // interval_s * interval_s
-    for key, raw in components.items():
-        if key not in collector.kept:
+    kept, ask = collector.kept[whole], False
+    due: tuple[tuple[dict[str, Channel], str, Channel], ...] = ()
+    interval = (now + collector.early_s) // collector.interval_s * collector.interval_s
+    for key in components:
+        if key not in kept:
             continue
-        try:
-            component = decode_component(raw)
-        except ValueError as exc:
-            complain(collector, src + key, "%s %s: passed over: %s", src, key, exc)
-            continue
-        channels = channels_of(collector, src + key, now) if held_back else collector.channels
-        known = channels.get(src + key)
-        channel = known or Channel(src, key)
-        if component is None or not lay_over(channel, component, whole, now):
-            continue
-        if known is None:
-            channels[src + key] = channel
-            if len(channels) > MOST_CHANNELS:
-                del channels[next(iter(channels))]  # the one whose newest row is oldest
-        channel.heard = now
-        if interval != channel.last_write_time:
-            ask = ask or None in channel.values or not 0 <= now - channel.voltage_time <= VOLTAGE_AGE
-            if should_write(collector, channel):
-                channel.last_write_time = interval
-                channels[src + key] = channels.pop(src + key)
-                channel.waiting += ((time.monotonic() + interval_s, interval, channel.values.copy()),)
-        if channel.waiting:
-            settle_rows(collector, channel, 0.0)
+        for part, decode_reading in kept[key]:
+            name = src + part
+            try:
+                reading = decode_reading(components[key])
+            except ValueError as exc:
+                complain(collector, src + key, "%s %s: passed over: %s", src, key, exc)
+                continue
+            channels = collector.channels if frame.received is None else channels_of(collector, name, now)
+            known = channels.get(name)
+            channel = known or Channel(src, part)
+            if reading is None or not lay_over(channel, reading, now):
+                continue
+            if known is None:
+                channels[name] = channel
+                if len(channels) > MOST_CHANNELS:
+                    del channels[next(iter(channels))]  # the one whose newest row is oldest
+            channel.heard = now
+            if interval != channel.last_write_time or channel.waiting:
+                due += ((channels, name, channel),)
+    for channels, name, channel in due:  # only now, as a clamp's counter may come behind its power
+        ask = queue_row(collector, channels, name, channel, interval, now) or ask
     return GET_CONFIG if frame.method is None else GET_STATUS if ask else ""
 
 
-def time_of(frame: Frame, now: float) -> float:
-    """The time that a frame counts for, if a filter in front held it back; its clock may run ahead: that means now."""
-    received = frame.received or 0.0
-    if now - received > HELD_BACK:
-        raise ValueError("received more than 25 hours ago")
-    return min(now, received)
+def queue_row(
+    collector: Collector, channels: dict[str, Channel], name: str, channel: Channel, interval: float, now: float
+) -> bool:
+    """Let a channel have its row of this interval; whether the device should be asked for what it lacks."""
+    ask = False
+    if interval != channel.last_write_time:
+        ask = None in channel.values[:4] or not 0 <= now - channel.voltage_time <= VOLTAGE_AGE
+        if should_write(collector, channel):
+            channel.last_write_time = interval
+            channels[name] = channels.pop(name, channel)
+            channel.waiting += ((time.monotonic() + collector.interval_s, interval, channel.values.copy()),)
+    settle_rows(collector, channel, 0.0)
+    return ask
 
 
 def channels_of(collector: Collector, name: str, now: float) -> dict[str, Channel]:
@@ -345,7 +382,7 @@ def channels_of(collector: Collector, name: str, now: float) -> dict[str, Channe
 
 def note_names(collector: Collector, src: str, config: dict[str, Raw]) -> str:
     """Keep what a device's configuration says of itself and its channels until note_names of schema.sql has read it."""
-    told = msgspec.json.encode({key: part for key, part in config.items() if key in collector.kept or key == "sys"})
+    told = msgspec.json.encode({key: part for key, part in config.items() if key in collector.kept[0] or key == "sys"})
     if len(collector.names) < MOST_DEVICES and len(told) < 32_768:
         collector.names[src] = told.decode()
     return ""
@@ -363,19 +400,19 @@ def admit_device(link: "DeviceConnection", src: str) -> None:
     link.devices.add(src)
 
 
-def lay_over(channel: Channel, component: Component, whole: bool, now: float) -> bool:
-    """Take a component's values into the known status; whether there was any: absent is never 0, null takes away."""
+def lay_over(channel: Channel, reading: Reading, now: float) -> bool:
+    """Take a reading into the known status; whether it has any value: absent is never 0, null takes away."""
     values, found = channel.values, False
-    if whole:
-        values[:] = (None, None, None, None)
-    if (apower := component.apower) is not UNSET:
+    if (apower := reading.apower) is not UNSET:
         values[0], found = apower, apower is not None
-    if (current := component.current) is not UNSET:
+    if (current := reading.current) is not UNSET:
         values[2], found = current, found or current is not None
-    if (voltage := component.voltage) is not UNSET:
+    if (voltage := reading.voltage) is not UNSET:
         values[1], channel.voltage_time, found = voltage, now, found or voltage is not None
-    if (energy := component.aenergy) is not UNSET and (total := None if energy is None else energy.total) is not UNSET:
+    if (energy := reading.aenergy) is not UNSET and (total := getattr(energy, "total", energy)) is not UNSET:
         values[3], found = total, found or total is not None
+    if (energy := reading.ret_aenergy) is not UNSET and (returned := getattr(energy, "total", energy)) is not UNSET:
+        values[4] = returned
     return found
 
 
@@ -383,16 +420,17 @@ def settle_rows(collector: Collector, channel: Channel, now: float) -> None:
     """Let waiting rows go on that have all values by now, or have come to their deadline (monotonic): then without."""
     waiting, channel.waiting = channel.waiting, ()
     for deadline, interval, values in waiting:
-        values = [new if old is None else old for old, new in zip(values, channel.values, strict=True)]
-        if None in values and deadline > now:
+        if None in values:
+            values = [new if old is None else old for old, new in zip(values, channel.values, strict=True)]
+        if None in values[:4] and deadline > now:
             channel.waiting += ((deadline, interval, values),)
             continue
-        if None in values and not channel.warned:
-            missing = [name for name, value in zip(Row._fields[3:], values, strict=True) if value is None]
+        if None in values[:4] and not channel.warned:
+            missing = [name for name, value in zip(Row._fields[3:-1], values, strict=False) if value is None]
             named = (channel.device_id, channel.component, ", ".join(missing))
             channel.warned = complain(collector, str(named), "%s %s reports no %s: stored as 0", *named)
-        known = [value or 0.0 for value in values]
-        collector.outbox.append(Row(interval, channel.device_id, channel.component, *known))
+        values[:4] = [value or 0.0 for value in values[:4]]
+        collector.outbox.append(Row(interval, channel.device_id, channel.component, *values))
 
 
 async def keep_house(collector: Collector) -> None:
@@ -434,9 +472,9 @@ class Outbox:
         """The oldest rows, those in the file first, and the place behind them."""
         if self.saved and self.file:
             try:
-                query, types = "SELECT * FROM rows WHERE id > ? ORDER BY id LIMIT ?", [*Row.__annotations__.values()]
+                query, types = "SELECT * FROM rows WHERE id > ? ORDER BY id LIMIT ?", Row.__annotations__.values()
                 if found := self.file.execute(query, [self.removed, limit]).fetchall():
-                    return [Row(*row[1:]) for row in found if [*map(type, row[1:])] == types], found[-1][0] + 1
+                    return [Row(*row[1:]) for row in found if all(map(isinstance, row[1:], types))], found[-1][0] + 1
             except sqlite3.Error as exc:
                 self.fail(exc)
                 self.file.close()
@@ -469,7 +507,7 @@ class Outbox:
                 with self.file:
                     self.file.execute("DELETE FROM rows WHERE id <= ?", [self.removed])
                     placed = ((place, *row) for place, row in enumerate(self.memory, self.first))
-                    self.file.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?)", placed)
+                    self.file.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", placed)
                 self.saved, self.first = self.saved + len(self.memory), self.first + len(self.memory)
                 self.memory.clear()
                 self.failing = False
@@ -498,8 +536,12 @@ class Outbox:
             PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;  -- one fsync per save; a torn write loses only itself
             PRAGMA user_version = 1;          -- a real write: a full disk shows now, not in the outage
             CREATE TABLE IF NOT EXISTS rows (id INTEGER PRIMARY KEY, {", ".join(Row._fields)})""")
+            if "energy_returned_wh" not in str(
+                [*file.execute("PRAGMA table_info(rows)")]
+            ):  # an earlier version made it
+                file.execute("ALTER TABLE rows ADD COLUMN energy_returned_wh")
             # The last column is only there to look into every row for damage.
-            self.saved, last, _ = file.execute("SELECT count(*), max(id), max(energy_total_wh) FROM rows").fetchone()
+            self.saved, last, _ = file.execute("SELECT count(*), max(id), max(energy_returned_wh) FROM rows").fetchone()
         except sqlite3.Error as exc:
             file.close()
             if isinstance(exc, sqlite3.OperationalError):
@@ -515,12 +557,13 @@ class Outbox:
 
 # ---- Database: rows go in by batches, one statement each. -----------------------------------------------------------
 # Arrays as text: msgspec writes them ten times as fast as the driver's binary dumper. First come, first kept.
-INSERT = """INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)
-SELECT to_timestamp(t), d, c, p, v, a, e FROM unnest(%s::float8[], %s::text[], %s::text[], %s::float8[], %s::float8[],
-                                                     %s::float8[], %s::float8[]) AS reading (t, d, c, p, v, a, e)"""
-# Named, as only this conflict is no error: an id given twice, after a careless import, must not swallow a row.
-INSERT_ONCE = INSERT + " ON CONFLICT (device_id, channel, timestamp) DO NOTHING"
-SCHEMA_VERSION = 3  # as schema.sql says at its end
+# The conflict is named, as only this one is no error: an id given twice, after careless imports, must swallow no row.
+INSERT = """INSERT INTO power_logs
+    (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh, energy_returned_wh)
+SELECT to_timestamp(t), d, c, p, v, a, e, energy_returned_wh FROM unnest(
+    %s::float8[], %s::text[], %s::text[], %s::float8[], %s::float8[], %s::float8[], %s::float8[], %s::float8[])
+    AS reading (t, d, c, p, v, a, e, energy_returned_wh) ON CONFLICT (device_id, channel, timestamp) DO NOTHING"""
+SCHEMA_VERSION = 4  # as schema.sql says at its end
 LOOK_AT_SCHEMA = r"""SELECT to_regclass('power_logs') IS NOT NULL, %s <= (
     SELECT substring(prosrc FROM '\d+')::int FROM pg_proc WHERE oid = to_regprocedure('power_logs_version()'))"""
 # Else the encoding is the database's own, which cannot write every name. A dead network shows after a minute.
@@ -598,13 +641,17 @@ def refuses_row(exc: Exception) -> bool:
 
 
 async def wait_out(collector: Collector, exc: Exception) -> None:
-    """Drop the pool after a failure, so that no connection outlives an outage, and wait before the next attempt."""
+    """After a failure fit the statement to the table; or drop the pool, as none may outlive an outage, and wait."""
+    insert, lacks = collector.insert, "the column energy_returned_wh"
+    if isinstance(exc, psycopg.errors.UndefinedColumn) and "energy_returned_wh" in str(exc):
+        collector.insert = insert.replace(", energy_returned_wh", "", 2)
+    elif isinstance(exc, psycopg.errors.InvalidColumnReference | psycopg.errors.ObjectNotInPrerequisiteState):
+        collector.insert, lacks = insert.partition(" ON CONFLICT")[0], "the rule that keeps doubles out"
+    if collector.insert != insert:
+        return log.warning("power_logs lacks %s of schema.sql: apply that file by hand", lacks)
     before, pool, collector.pool = collector.failures, collector.pool, None
     collector.failures += 2 if isinstance(exc, TimeoutError) else 1
     collector.down_since = collector.down_since if before else time.time()
-    if isinstance(exc, psycopg.errors.InvalidColumnReference | psycopg.errors.ObjectNotInPrerequisiteState):
-        log.warning("power_logs lacks the rule of schema.sql that keeps doubles out: apply that file by hand")
-        collector.insert = INSERT
     if pool is not None:
         await asyncio.wait({asyncio.create_task(pool.close(timeout=0))}, timeout=0.2)  # what hangs is left to itself
     if before < 2 <= collector.failures:
@@ -637,7 +684,7 @@ async def open_database(collector: Collector) -> AsyncConnectionPool:
     finally:
         collector.preparing = False
         await conn.close()
-    collector.insert = collector.insert or INSERT_ONCE
+    collector.insert = collector.insert or INSERT
     collector.aside = collector.aside or AsyncConnectionPool(conninfo, **ASIDE)
     low, high = settings.db_pool_min_size, settings.db_pool_max_size
     pool = AsyncConnectionPool(conninfo, kwargs=CONNECTION, open=False, min_size=low, max_size=high)
@@ -767,9 +814,9 @@ async def stop_postgres(process: asyncio.subprocess.Process | None) -> None:
 # ---- Device handler -------------------------------------------------------------------------------------------------
 class DeviceConnection(ServerConnection):
     # Takes a whole text message as it arrives; the way over recv() takes a quarter more processor time in all.
-    name, asked_time = "", 0.0  # its address, and then its first device; when Shelly.GetStatus was last sent
+    name = ""  # its address, and then its first device
     devices: set[str]
-    named = False  # it has been asked for its names
+    asked: dict[str, float]  # when each request was last sent
     take: Any = None  # take_message, once the device has been asked
 
     def process_event(self, event: Any) -> Any:
@@ -783,7 +830,7 @@ class DeviceConnection(ServerConnection):
 async def handle_device(collector: Collector, link: ServerConnection) -> None:
     """Ask a device for its status, then take its frames for as long as it stays."""
     assert isinstance(link, DeviceConnection) and link.request and link.response
-    link.name, link.asked_time, link.devices = str((link.remote_address or "?")[0]), time.time(), set()
+    link.name, link.devices, link.asked = str((link.remote_address or "?")[0]), set(), {GET_STATUS: time.time()}
     with contextlib.suppress(ConnectionClosed):
         await link.send(ENABLE_NOTIFICATIONS)
         await link.send(GET_STATUS)
@@ -795,19 +842,14 @@ async def handle_device(collector: Collector, link: ServerConnection) -> None:
 
 
 def take_message(collector: Collector, link: DeviceConnection, text: str | bytes) -> None:
-    """Take a device's frame, pass over a malformed one, and ask for a status if it is time to."""
+    """Take a device's frame, pass over a malformed one, and ask for what is missing if it is time to."""
     now = time.time()
     collector.frames += 1
     try:
         request = take_frame(collector, link, text, now)
-        if not request:
-            return
-        if request == GET_CONFIG and not link.named:
-            link.named = True
-            broadcast([link], GET_CONFIG)
-        elif request == GET_STATUS and not 0 <= now - link.asked_time < ASK_AGAIN:
-            link.asked_time = now
-            broadcast([link], GET_STATUS)
+        if request and not 0 <= now - link.asked.get(request, 0.0) < ASK_AGAIN:
+            link.asked[request] = now
+            broadcast([link], request)
     except (ValueError, RecursionError) as exc:
         collector.frames_passed_over += 1
         complain(collector, link.name, "%s: frame passed over: %s: %.60r", link.name, one_line(exc), text)
@@ -908,8 +950,7 @@ def metrics_text(collector: Collector) -> str:
         "outages_total": ("Outages of the database", collector.outages),
     }
     text = "# HELP shelly_collector_{0} {2}\n# TYPE shelly_collector_{0} {1}\nshelly_collector_{0} {3}\n"
-    kinds = {name: "counter" if name.endswith("_total") else "gauge" for name in values}
-    return "".join(text.format(name, kind, *values[name]) for name, kind in kinds.items())
+    return "".join(text.format(k, "counter" if k.endswith("_total") else "gauge", *v) for k, v in values.items())
 
 
 async def answer_owner(collector: Collector, connection: ServerConnection, path: str, query: str) -> Response:

@@ -304,9 +304,10 @@ def table(dsn: str, millions: int) -> dict[str, float]:
         conn.execute("DROP TABLE IF EXISTS power_logs")
         conn.execute((ROOT / "schema.sql").read_bytes())
         rows = conn.execute(
-            "INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)"
+            "INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh,"
+            " energy_returned_wh)"
             " SELECT to_timestamp(1700000040 + 60 * minute), 'shellypro4pm-' || lpad(to_hex(c / 4), 12, '0'),"
-            " 'switch:' || c %% 4, 433.8 + c, 228.2, 2.631, minute FROM generate_series(0, %s) minute, generate_series(0, %s) c"
+            " 'switch:' || c %% 4, 433.8 + c, 228.2, 2.631, minute, 0 FROM generate_series(0, %s) minute, generate_series(0, %s) c"
             " WHERE c < %s OR minute < %s",
             [minutes - 1, channels - 1, living, max(10, minutes - 44 * 1440)],
         ).rowcount
@@ -319,10 +320,10 @@ def table(dsn: str, millions: int) -> dict[str, float]:
             for n in range(turn * sc.BATCH, (turn + 1) * sc.BATCH):
                 minute, c = divmod(n, living)
                 device, channel = f"shellypro4pm-{c // 4:012x}", f"switch:{c % 4}"
-                batch.append(sc.Row(first + 60 * minute, device, channel, 1.0, 2.0, 3.0, 4.0))
+                batch.append(sc.Row(first + 60 * minute, device, channel, 1.0, 2.0, 3.0, 4.0, 0.0))
             columns = ["{" + msgspec.json.encode(column)[1:-1].decode() + "}" for column in zip(*batch, strict=True)]
             began = time.perf_counter()
-            conn.execute(sc.INSERT_ONCE, columns)
+            conn.execute(sc.INSERT, columns)
             speeds.append(sc.BATCH / (time.perf_counter() - began))
             began = time.perf_counter()
             found = conn.execute(
@@ -369,10 +370,11 @@ def questions(dsn: str, millions: float) -> dict[str, float]:
             conn.execute(f"DROP INDEX {index}")
         conn.execute("SET maintenance_work_mem = '256MB'")
         rows = conn.execute(
-            "INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)"
+            "INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh,"
+            " energy_returned_wh)"
             " SELECT %s::timestamptz + m * INTERVAL '1 minute', 'shellypro4pm-' || lpad(to_hex(c / 4), 12, '0'), 'switch:' || c %% 4,"
             " CASE WHEN on_m < 18 THEN 800 + c ELSE 0 END, 226 + m %% 9, CASE WHEN on_m < 18 THEN 3.5 ELSE 0 END,"
-            " ((m + c * 7) / 60 * 18 + least(on_m, 18)) * (800.0 + c) / 60"
+            " ((m + c * 7) / 60 * 18 + least(on_m, 18)) * (800.0 + c) / 60, 0"
             " FROM generate_series(0, %s) m, generate_series(0, %s) c, LATERAL (SELECT (m + c * 7) %% 60) o (on_m)",
             [window["since"], DAYS * 1440 - 1, devices * 4 - 1],
         ).rowcount

@@ -19,7 +19,7 @@ ORDER = {"power_cycles": "started_at", "energy_by_day": "day", "coverage": "firs
 QUESTIONS = {
     "power_cycles": ("since until gap min_duration min_power_w row_length",
         "device_id channel started_at ended_at ongoing complete energy_wh mean_w max_w mean_a median_v"),
-    "energy_by_day": ("since until zone", "device_id channel day energy_wh rows"),
+    "energy_by_day": ("since until zone", "device_id channel day energy_wh rows energy_returned_wh"),
     "coverage": ("since until row_length min_power_w", "device_id channel first_row last_row rows missing longest_gap resets"),
     "power_series": ("since until step", "device_id channel bucket mean_w max_w rows"),
     "newest_rows": ("", "device_id channel name timestamp apower_w energy_total_wh"),

@@ -85,6 +85,7 @@ async def test_the_table_is_made_with_its_columns_and_indexes(database):
         ("current_a", "double precision", None, "NO"),
         ("energy_total_wh", "double precision", None, "NO"),
         ("created_at", "timestamp with time zone", None, "YES"),
+        ("energy_returned_wh", "double precision", None, "YES"),
     ]
     assert indexes(database) >= PARTS
 

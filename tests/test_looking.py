@@ -183,7 +183,10 @@ async def test_csv_opens_in_a_spreadsheet_and_holds_no_formula(running):
         .startswith('"b";"switch:0";2026-11-20 11:05:00;2026-11-20 11:20:00;false;true;301,875;1200,5;')
     )
     assert fetch(running, "/data/coverage.csv", row_length="60", **WINDOW)[2].endswith(b",30,0,0,0\r\n")
-    assert fetch(running, "/data/energy.csv", device="none")[2] == b"device_id,channel,day,energy_wh,rows\r\n"
+    assert (
+        fetch(running, "/data/energy.csv", device="none")[2]
+        == b"device_id,channel,day,energy_wh,rows,energy_returned_wh\r\n"
+    )
 
 
 @pytest.mark.parametrize("name, parameter, value", [
@@ -376,7 +379,7 @@ async def test_a_frame_held_back_changes_nothing_of_what_is_known_since(make):
     assert collector.channels[DEVICE + "switch:0"].heard == now + 60
     # The row that waited for its other values does not get them from a frame of another time, and is not lost.
     feed(collector, minute_frame(apower=5.0) | {"received": now - 600}, now + 61)
-    assert [(row.time - now, *row[3:]) for row in taken(collector)] == [
+    assert [(row.time - now, *row[3:7]) for row in taken(collector)] == [
         (-1800, 3000.0, 0, 0, 0), (-600, 5.0, 228.2, 2.631, 1234.567)
     ]  # fmt: skip
 

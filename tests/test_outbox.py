@@ -214,7 +214,7 @@ def test_a_damaged_file_is_set_aside_with_one_line(new, tmp_path, damage, caplog
     [
         (b"deviceswitch", b"dev\xe9ceswitch", 5000),  # a letter that is none: the row goes on with it
         (b"\x00\x07\x19\x1d", b"\x00\x06\x19\x1d", 4999),  # a time that is none: that row is passed over
-        (b"\x09\x00\x07\x19\x1d", b"\x79\xff\xff\x19\x1d", 0),  # a row that cannot be read: the file is set aside
+        (b"\x0a\x00\x07\x19\x1d", b"\x79\xff\xff\x19\x1d", 0),  # a row that cannot be read: the file is set aside
     ],
 )
 def test_one_damaged_row_holds_up_nothing_behind_it(new, right, wrong, kept):
@@ -269,7 +269,7 @@ def old_spool(folder, rows, close=True):
     spool = sqlite3.connect(folder / "spool.sqlite3", isolation_level=None)
     spool.execute("PRAGMA journal_mode = WAL")
     spool.execute(OLD_TABLE)
-    spool.executemany("INSERT INTO rows VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", rows)
+    spool.executemany("INSERT INTO rows VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", [row[:7] for row in rows])
     if close:
         spool.close()
     return spool

@@ -16,13 +16,13 @@ WHOLE = {"apower": 100.0, "voltage": 230.0, "current": 0.5, "aenergy": {"total":
 
 
 def row(collector, values):
-    return [(r.channel, *r[3:]) for r in taken(collector)] == values
+    return [(r.channel, *r[3:7]) for r in taken(collector)] == values
 
 
 async def test_a_minute_frame_becomes_a_row_with_the_values_that_the_device_sent(make):
     collector = make()
     feed(collector, minute_frame(), NOON + 0.02)
-    assert taken(collector) == [sc.Row(NOON, DEVICE, "switch:0", 433.8, 228.2, 2.631, 1234.567)]
+    assert taken(collector) == [sc.Row(NOON, DEVICE, "switch:0", 433.8, 228.2, 2.631, 1234.567, 0.0)]
 
 
 async def test_a_delta_is_laid_over_what_was_known(make):
@@ -30,7 +30,7 @@ async def test_a_delta_is_laid_over_what_was_known(make):
     feed(collector, minute_frame(), NOON)
     feed(collector, notify({"switch:0": {"apower": 50}}), NOON + 30)
     feed(collector, notify({"switch:0": {"current": 0.25}}), NOON + 60)
-    assert [r[3:] for r in taken(collector)] == [(433.8, 228.2, 2.631, 1234.567), (50.0, 228.2, 0.25, 1234.567)]
+    assert [r[3:7] for r in taken(collector)] == [(433.8, 228.2, 2.631, 1234.567), (50.0, 228.2, 0.25, 1234.567)]
 
 
 async def test_a_whole_status_replaces_what_was_known(make):
@@ -40,7 +40,7 @@ async def test_a_whole_status_replaces_what_was_known(make):
     feed(collector, notify({"switch:0": {"apower": 7.0, "current": 0.1}}, method="NotifyFullStatus"), NOON + 60)
     assert taken(collector) == []  # the old voltage and energy are gone, so this row waits
     feed(collector, notify({"switch:0": {"voltage": 231.0, "aenergy": {"total": 5.0}}}), NOON + 61)
-    assert [r[3:] for r in taken(collector)] == [(7.0, 231.0, 0.1, 5.0)]
+    assert [r[3:7] for r in taken(collector)] == [(7.0, 231.0, 0.1, 5.0)]
 
 
 async def test_the_answer_to_get_status_counts(make):
@@ -50,7 +50,7 @@ async def test_the_answer_to_get_status_counts(make):
     assert [(r.channel, r.apower_w) for r in taken(collector)] == [("switch:3", 100.0)]
     answer["result"]["switch:3"] = {"apower": 7.0}  # it replaces what was known
     feed(collector, answer, NOON + 60)
-    assert taken(collector) == [] and collector.channels[DEVICE + "switch:3"].values == [7.0, None, None, None]
+    assert taken(collector) == [] and collector.channels[DEVICE + "switch:3"].values == [7.0, None, None, None, None]
 
 
 async def test_a_frame_with_id_and_method_is_a_notification(make):
@@ -87,7 +87,7 @@ async def test_negative_power_keeps_its_sign_and_whole_numbers_become_floats(mak
     collector = make()
     feed(collector, notify({"switch:0": {"apower": -250, "voltage": 230, "current": 1, "aenergy": {"total": 9}}}), NOON)
     (kept,) = taken(collector)
-    assert kept[3:] == (-250.0, 230.0, 1.0, 9.0) and all(type(value) is float for value in kept[3:])
+    assert kept[3:7] == (-250.0, 230.0, 1.0, 9.0) and all(type(value) is float for value in kept[3:7])
 
 
 @pytest.mark.parametrize("bad", [True, "230", [], {}, {"total": 1}, 1e400, 1.01e9, -1e10, 10**400])
@@ -105,7 +105,7 @@ async def test_a_component_that_no_meter_sends_is_passed_over_and_named_and_the_
     (line,) = caplog.messages
     assert DEVICE in line and "switch:0" in line and f"`$.{'aenergy.' * (field == 'total')}{field}`" in line
     feed(collector, notify({"switch:0": {"apower": 5.0}}), NOON + 61)
-    assert [r[3:] for r in taken(collector)] == [(5.0, 228.2, 2.631, 1234.567)]
+    assert [r[3:7] for r in taken(collector)] == [(5.0, 228.2, 2.631, 1234.567)]
 
 
 async def test_each_component_that_is_passed_over_is_named_once_a_minute(make, caplog):
@@ -130,7 +130,7 @@ async def test_null_takes_a_value_away(make, gone):
     (kept,) = taken(collector)
     old, new = (9.0, 228.2, 2.631, 1234.567), (9.0, 1.0, 2.0, 3.0)
     lost = ["voltage", "current", "aenergy"].index(next(iter(gone))) + 1
-    assert kept[3:] == tuple(new[n] if n == lost else old[n] for n in range(4))
+    assert kept[3:7] == tuple(new[n] if n == lost else old[n] for n in range(4))
 
 
 async def test_an_errored_meter_makes_no_row_until_it_has_a_power_again(make):
@@ -241,8 +241,8 @@ async def test_whatever_comes_only_finite_numbers_that_the_device_sent_become_ro
         keys = [(r.device_id, r.channel, r.time) for r in rows]
         assert len(set(keys)) == len(keys)
         for r in rows:
-            assert all(type(value) is float and value in sent for value in r[3:])
-            assert 0 < len(r.device_id.encode()) <= 100 and r.channel in collector.kept
+            assert all(type(value) is float and value in sent for value in r[3:7])
+            assert 0 < len(r.device_id.encode()) <= 100 and r.channel in collector.kept[0]
         made += len(rows)
 
     rows_hold_only_what_was_sent()

@@ -110,7 +110,7 @@ async def test_a_row_waits_for_its_four_values(make):
     assert not taken(collector)
     feed(collector, minute_frame(apower=500.0, current=3.0, voltage=231.0), NOON + 60)
     # The first row keeps what it had; only what it lacked comes from the frame that brought it.
-    assert [tuple(row)[0:1] + tuple(row)[3:] for row in taken(collector)] == [
+    assert [tuple(row)[0:1] + tuple(row)[3:7] for row in taken(collector)] == [
         (NOON, 433.8, 231.0, 2.631, 1234.567),
         (NOON + 60, 500.0, 231.0, 3.0, 1234.567),
     ]
@@ -129,8 +129,8 @@ async def test_what_never_comes_is_stored_as_zero_after_an_interval_with_one_war
     feed(collector, notify(DELTA), NOON + 60)
     expire(collector, clock + 60)
     assert [tuple(row) for row in taken(collector)] == [
-        (NOON, DEVICE, "switch:0", 433.8, 0.0, 2.631, 0.0),
-        (NOON + 60, DEVICE, "switch:0", 433.8, 0.0, 2.631, 0.0),
+        (NOON, DEVICE, "switch:0", 433.8, 0.0, 2.631, 0.0, None),
+        (NOON + 60, DEVICE, "switch:0", 433.8, 0.0, 2.631, 0.0, None),
     ]
     (warning,) = caplog.messages
     assert DEVICE in warning and "switch:0" in warning and "voltage_v" in warning and "energy_total_wh" in warning
