@@ -36,7 +36,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import parse_qsl, quote, unquote, unquote_plus
+from urllib.parse import parse_qsl, quote
 
 import msgspec
 import psycopg
@@ -325,8 +325,7 @@ def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes
         admit_device(link, src)
     if frame.method is None and bytes(frame.id) == b"3":  # that of GET_CONFIG
         return note_names(collector, src, components)
-    kept, ask = collector.kept[whole], False
-    due: tuple[tuple[dict[str, Channel], str, Channel], ...] = ()
+    kept, due, ask = collector.kept[whole], [], False
     interval = (now + collector.early_s) // collector.interval_s * collector.interval_s
     for key in components:
         if key not in kept:
@@ -339,35 +338,23 @@ def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes
                 complain(collector, src + key, "%s %s: passed over: %s", src, key, exc)
                 continue
             channels = collector.channels if frame.received is None else channels_of(collector, name, now)
-            known = channels.get(name)
-            channel = known or Channel(src, part)
+            channel = channels.get(name) or Channel(src, part)
             if reading is None or not lay_over(channel, reading, now):
                 continue
-            if known is None:
-                channels[name] = channel
-                if len(channels) > MOST_CHANNELS:
-                    del channels[next(iter(channels))]  # the one whose newest row is oldest
             channel.heard = now
             if interval != channel.last_write_time or channel.waiting:
-                due += ((channels, name, channel),)
-    for channels, name, channel in due:  # only now, as a clamp's counter may come behind its power
-        ask = queue_row(collector, channels, name, channel, interval, now) or ask
+                due.append(channel)
+                channels[name] = channels.pop(name, channel)
+                if len(channels) > MOST_CHANNELS:
+                    del channels[next(iter(channels))]  # the one that no row has been due of for longest
+    for channel in due:  # only now, as a clamp's counter may come behind its power
+        if interval != channel.last_write_time:
+            ask = ask or None in channel.values[:4] or not 0 <= now - channel.voltage_time <= VOLTAGE_AGE
+            if should_write(collector, channel):
+                channel.last_write_time = interval
+                channel.waiting += ((time.monotonic() + collector.interval_s, interval, channel.values.copy()),)
+        settle_rows(collector, channel, 0.0)
     return GET_CONFIG if frame.method is None else GET_STATUS if ask else ""
-
-
-def queue_row(
-    collector: Collector, channels: dict[str, Channel], name: str, channel: Channel, interval: float, now: float
-) -> bool:
-    """Let a channel have its row of this interval; whether the device should be asked for what it lacks."""
-    ask = False
-    if interval != channel.last_write_time:
-        ask = None in channel.values[:4] or not 0 <= now - channel.voltage_time <= VOLTAGE_AGE
-        if should_write(collector, channel):
-            channel.last_write_time = interval
-            channels[name] = channels.pop(name, channel)
-            channel.waiting += ((time.monotonic() + collector.interval_s, interval, channel.values.copy()),)
-    settle_rows(collector, channel, 0.0)
-    return ask
 
 
 def channels_of(collector: Collector, name: str, now: float) -> dict[str, Channel]:
@@ -871,10 +858,11 @@ async def answer_request(collector: Collector, connection: ServerConnection, req
     host, origin, upgrade = (",".join(headers.get_all(name)).lower() for name in ("Host", "Origin", "Upgrade"))
     get = request.method in ("GET", "HEAD") and "websocket" not in upgrade
     if path in ("/", "/health") and get:
-        response = connection.respond(*health(collector, dict(parse_qsl(query)).get("silent")))
+        response = connection.respond(*health(collector, dict(parse_qsl(query)).get("silent", "86400")))
     elif path == "/metrics" and get:
-        kind = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        response = put(connection.respond(200, ""), metrics_text(collector), kind)
+        response = put(
+            connection.respond(200, ""), metrics_text(collector), {"Content-Type": "text/plain; version=0.0.4"}
+        )
     elif path.startswith(("/dashboard", "/data")) and get:
         response = connection.respond(401, "The link lacks the right ?token=, which --check shows.\n")
         if opens(query, collector.look_token):
@@ -902,10 +890,9 @@ async def answer_request(collector: Collector, connection: ServerConnection, req
 
 
 def opens(query: str, token: str) -> bool:
-    """Whether a URL carries the token, in which a blank may be + or %20."""
-    given = [part[6:] for part in query.split("&") if part.startswith("token=")][:1]
-    ways = [read(text).encode() for text in given for read in (unquote, unquote_plus)]
-    return token != "" and any(hmac.compare_digest(way, token.encode()) for way in ways)
+    """Whether a URL carries the token, in which a blank may be + or %20, and a + itself."""
+    given = next((text for key, text in parse_qsl(query) if key == "token"), "")
+    return token != "" and hmac.compare_digest(given.replace("+", " ").encode(), token.replace("+", " ").encode())
 
 
 def put(response: Response, body: str | bytes | bytearray, headers: dict[str, str]) -> Response:
@@ -915,7 +902,7 @@ def put(response: Response, body: str | bytes | bytearray, headers: dict[str, st
     return response
 
 
-def health(collector: Collector, silent: str | None) -> tuple[int, str]:
+def health(collector: Collector, silent: str) -> tuple[int, str]:
     """Status and text: how things stand; it tells no reasons and no names, as anybody may ask."""
     database, now = "connected" if collector.pool else "connecting", time.time()
     if collector.failures:
@@ -928,8 +915,6 @@ rows waiting: {len(collector.outbox)}
 last write: {time.strftime(ISO, time.gmtime(collector.last_write)) if collector.last_write else "never"}
 rows dropped: {collector.outbox.dropped}
 """
-    if silent is None:
-        return 200, text
     if not re.fullmatch(r"[0-9]{1,9}", silent):
         return 400, "silent makes no sense: it is a number of seconds\n"
     count = sum(int(silent) < now - channel.heard < 86_400 for channel in collector.channels.values())
@@ -1018,16 +1003,12 @@ async def check_database(collector: Collector) -> None:
     url, folder = collector.settings.database_url, Path(collector.settings.data_dir, "postgres").absolute()
     if not url and not (folder / "PG_VERSION").exists():
         return print("\nThere is no database yet: the collector makes it when it starts.")
-    if not url:
-        url = server_conninfo(folder)
-        try:
-            await (await psycopg.AsyncConnection.connect(url, **CONNECTION)).close()
-        except psycopg.OperationalError:
-            with contextlib.suppress(sqlite3.OperationalError):  # a collector has the folder, and starts its server
-                if collector.outbox.path.exists():  # else making it could give it to another user than the collector's
-                    collector.outbox.claim()
-                await start_postgres(collector, folder, server_user(folder))
-    async with await psycopg.AsyncConnection.connect(url, **CONNECTION) as conn:
+    if not url and not (folder / "postmaster.pid").exists():
+        with contextlib.suppress(sqlite3.OperationalError):  # a collector has the folder, and starts its server
+            if collector.outbox.path.exists():  # else making it could give it to another user than the collector's
+                collector.outbox.claim()
+            await start_postgres(collector, folder, server_user(folder))
+    async with await psycopg.AsyncConnection.connect(url or server_conninfo(folder), **CONNECTION) as conn:
         print(f"\nThe database answers: PostgreSQL {conn.info.server_version // 10000}")
         if await (await conn.execute("SELECT to_regclass('power_logs')")).fetchone() == (None,):
             return print("There is no table yet: the collector makes it when it starts.")
