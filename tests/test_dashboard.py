@@ -534,6 +534,164 @@ async def test_costs_are_shown_and_the_floor_changes_what_runs(start, database, 
     assert (await texts(page, ".state"))[1].startswith("running for ")
 
 
+METER = "shellypro3em-a0b1c2d3e4f5"
+PHASES = {"em:0:a": "100 + m % 200", "em:0:b": "200 + m % 70", "em:0:c": "CASE WHEN ago < 2 THEN -50 ELSE 900 END"}
+
+
+def put_meter(database, kept=None, name="House ", **more):
+    """A three-phase meter with a clamp; `kept` says which rows of a phase are there."""
+    for channel, watts in (PHASES | {"em1:0": "40"}).items():
+        put_rows(database, channel, watts, kept=(kept or {}).get(channel, "true"), device=METER, **more)
+    if name:
+        says = [f"('{METER}', '{channel}', '{name}{channel[-1].upper()}')" for channel in PHASES]
+        execute(database, f"INSERT INTO channel_names (device_id, channel, device_says) VALUES {','.join(says)}")
+
+
+async def drawn(page):
+    """What the chart of the sum stands on: mean power by bucket."""
+    found = await page.evaluate("[...strips.values()][0].list.map(row => [row.bucket / 1000, row.mean_w])")
+    return {int(bucket): mean for bucket, mean in found}
+
+
+async def test_the_sum_of_three_phases_has_a_strip_above_theirs(start, database, look):
+    running = await start(PRICE_PER_KWH="")
+    put_meter(database)
+    page = await look(running)
+    midnight = datetime.now(ZoneInfo(ZONE)).replace(hour=0, minute=0, second=0, microsecond=0)
+    assert await texts(page, ".name") == ["House", "House A", "House B", "House C", "em1:0"]
+    classes = await page.locator(".strip").evaluate_all("found => found.map(strip => strip.className.split(' ').filter(name => /sum|phase/.test(name)).join())")  # fmt: skip
+    assert classes == ["sum", "phase", "phase", "phase", ""]
+    total, *phases = (found for (found,) in query(database, "SELECT apower_w FROM newest_rows() WHERE channel <> 'em1:0' UNION ALL SELECT sum(apower_w) FROM newest_rows() WHERE channel <> 'em1:0' ORDER BY 1 DESC"))  # fmt: skip
+    assert -50 in phases and (await texts(page, ".now"))[0] == f"{total:.0f} W"
+    assert (await texts(page, ".state"))[0] == "sum of 3 phases"
+    ((used,),) = query(database, "SELECT sum(energy_wh) FROM energy_by_day(%s, now(), %s) WHERE channel LIKE 'em:%%' AND day = %s", midnight, ZONE, midnight.date())  # fmt: skip
+    assert (await texts(page, ".today"))[0] == f"today {kwh(used or 0)} kWh"  # its runs are not computed, and not said
+
+    step = await page.evaluate("got.power.step / 1000")
+    sums = query(database, "SELECT date_part('epoch', bucket), sum(mean_w) FROM power_series(now() - INTERVAL '24 h', now(), make_interval(secs => %s)) WHERE channel LIKE 'em:%%' GROUP BY 1", step)  # fmt: skip
+    shown, sums = await drawn(page), {int(bucket): pytest.approx(mean) for bucket, mean in sums}
+    newest = max(sums)  # a minute may have begun in between
+    del sums[newest]
+    assert len(sums) > 200 and {t: mean for t, mean in shown.items() if t < newest} == sums
+    strip = page.locator(".strip").first
+    assert await strip.locator("path.band").get_attribute("d") == "" and await strip.locator("rect.run").count() == 0
+    assert len(re.findall("H", await strip.locator("path.mean").get_attribute("d"))) == len(shown)
+
+    picture = strip.locator("svg.picture")
+    assert (await picture.get_attribute("aria-label")).startswith("House, power over time")
+    await picture.focus()
+    for _ in range(12):
+        await page.keyboard.press("ArrowLeft")
+    said, (one, two, three, _) = await text(page, "#live"), (await texts(page, ".readout"))[1:]
+    watts = [float(found.split()[0]) for found in (one, two, three)]
+    assert said == await text(page, ".readout") and "maximum" not in said and "run" not in said
+    kilowatts = float(re.search(r"mean ([\d.]+) kW$", said)[1])
+    assert kilowatts == pytest.approx(sum(watts) / 1000, abs=0.0071)
+    await strip.locator("summary").click()
+    await strip.locator("tbody tr").last.wait_for()
+    *_, before, _ = await cells(page, ".strip")
+    assert before[2] == "–" and float(before[1].split()[0]) == pytest.approx(
+        shown[sorted(shown)[-2]] / 1000, abs=0.0051
+    )
+    await page.keyboard.press("Escape")
+    await drag(page, picture, 0.5, 0.75)
+    assert await page.evaluate("got.fine.step") == 60_000 and 355 <= len(await drawn(page)) <= 365
+    await page.evaluate("refresh(true)")
+    assert "zoom" in chosen(page) and await strip.locator("details").get_attribute("open") is not None
+
+
+async def test_the_sum_of_phases_is_counted_nowhere(start, database, look):
+    running = await start()
+    put_meter(database)
+    page = await look(running)
+    midnight = datetime.now(ZoneInfo(ZONE)).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=1)
+    ((total,),) = query(database, "SELECT sum(energy_wh) FROM energy_by_day(%s, now(), %s)", midnight, ZONE)
+    assert f"total {kwh(total)} kWh" in await text(page, "#energyrange")
+    names = ["House A", "House B", "House C", "em1:0"]
+    assert sorted(await texts(page, "#legend li")) == sorted(names)
+    await page.locator("#daytable summary").click()
+    assert (await texts(page, "#daysbox thead th"))[2:] == names
+    assert sum(float(row[1]) for row in await cells(page, "#daysbox")) == pytest.approx(total / 1000, abs=0.11)
+    assert [row[0] for row in await cells(page, "#coverage")] == names
+    assert sorted({row[0] for row in await cells(page, "#runs")}) == names
+    for link in ("#runscsv", "#energycsv"):
+        answer = await page.request.get(await page.locator(link).evaluate("a => a.href"))
+        assert {line.split(",")[1] for line in (await answer.text()).splitlines()[1:]} == {f'"{channel}"' for channel in (*PHASES, "em1:0")}  # fmt: skip
+
+
+async def test_some_phases_are_never_shown_as_their_sum(start, database, look):
+    running = await start()
+    put_meter(
+        database, {"em:0:b": "ago NOT BETWEEN 301 AND 420", "em:0:c": "ago > 180 AND ago NOT BETWEEN 601 AND 630"}
+    )
+    page = await look(running)
+    ((last, kept, missing),) = query(database, "SELECT last_row, rows, missing FROM coverage(now() - INTERVAL '1 day') WHERE channel = 'em:0:b'")  # fmt: skip
+    ((silent,),) = query(database, "SELECT max(timestamp) FROM power_logs WHERE channel = 'em:0:c'")
+    state = (await texts(page, ".state"))[0]
+    assert re.match(r"sum of 3 phases · no data since ", state) and state.endswith(clock(silent + timedelta(minutes=1)))
+    assert (await texts(page, ".now"))[0] == "–" and "–" not in (await texts(page, ".now"))[1:3]
+    assert (await texts(page, ".share"))[0].startswith(f"{int(kept / (kept + missing) * 100)} % of minutes since ")
+    shown, now = await drawn(page), last.timestamp()
+    assert shown and all(mean > 1150 for mean in shown.values())
+    assert not [t for t in shown if 301 < (now - t) / 60 < 419 or 602 < (now - t) / 60 < 629 or (now - t) / 60 < 179]
+    strip = page.locator(".strip").first
+    assert await strip.locator("rect.gap").count() == 4  # before the first row, two holes, and since c is silent
+    await drag(page, strip.locator("svg.picture"), 0.5, 0.9995)
+    await strip.locator("summary").click()
+    await strip.locator("tbody tr").last.wait_for()
+    rows = await cells(page, ".strip")
+    gaps = [row[1] for row in rows if len(row) == 2]
+    assert gaps[-2] == "no data for 2 h 00" and re.fullmatch(r"no data for (2 h 5\d|3 h 0\d)", gaps[-1])
+    assert not [row for row in rows if len(row) == 4 and not row[1].startswith("1.")]
+
+
+async def test_a_sum_of_phases_that_are_kept_only_while_they_run_says_nothing_false(start, database, look):
+    running = await start(MIN_POWER_W="20")
+    off = "CASE WHEN ago > 240 THEN 500 ELSE 0 END"
+    for channel, watts, kept in (("em:0:a", "300", "true"), ("em:0:b", off, "ago >= 240"), ("em:0:c", "100", "true")):
+        put_rows(database, channel, watts, kept=kept, device=METER)
+    page = await look(running)
+    assert await texts(page, ".now") == ["400 W", "300 W", "0 W", "100 W"]
+    assert await text(page, ".state") == "sum of 3 phases" and not re.search("no data|off", await text(page, ".strip"))
+    strip = page.locator(".strip").first
+    box = await strip.locator("svg.picture").bounding_box()
+    await page.mouse.move(box["x"] + box["width"] * 0.95, box["y"] + 30)
+    assert re.search(r" · –$", await text(page, ".readout"))
+    shown, now = await drawn(page), datetime.now().timestamp()
+    assert sorted(shown.values())[1] == 900 and min(shown.values()) >= 400  # the last bucket may hold b's closing row
+    assert max(shown) < now - 235 * 60 and await strip.locator("rect.gap").count() <= 1
+
+
+async def test_a_sum_has_the_name_of_its_phases_or_of_its_device(start, database, look):
+    running = await start()
+    put_meter(database, name="")
+    page = await look(running)
+    assert await texts(page, ".name") == ["em:0", "em:0:a", "em:0:b", "em:0:c", "em1:0"]
+    execute(database, f"INSERT INTO channel_names (device_id, channel, device_says) VALUES ('{METER}', '', 'Barn')")
+    await reload(page)
+    assert (await texts(page, ".name"))[:2] == ["Barn", "em:0:a"]
+    names = [
+        f"('{METER}', '{channel}', '{name}')"
+        for channel, name in zip(PHASES, ("House A", "House B", "Solar"), strict=True)
+    ]
+    execute(database, f"INSERT INTO channel_names (device_id, channel, name) VALUES {','.join(names)}")
+    await reload(page)
+    assert (await texts(page, ".name"))[:2] == ["Barn", "House A"]
+    execute(
+        database,
+        "UPDATE channel_names SET name = 'House C' WHERE name = 'Solar'",
+        "DELETE FROM power_logs WHERE channel = 'em:0:b'",
+    )
+    put_rows(database, "em:0:a", "500", device=HOUSE)
+    put_rows(database, "em:1:b", "500", device=HOUSE)
+    await reload(page)
+    assert await texts(page, ".name") == ["Barn · House", "Barn · House A", "Barn · House C", "Barn · em1:0", f"{HOUSE} · em:0:a", f"{HOUSE} · em:1:b"]  # fmt: skip
+    assert (await texts(page, ".state"))[0] == "sum of 2 phases"
+    await page.locator("#device").select_option(METER)
+    await settled(page)
+    assert await texts(page, ".name") == ["House", "House A", "House C", "em1:0"]
+
+
 async def test_pictures(start, database, look, tmp_path):
     """Kept where SHELLY_PICTURES says: docs/dashboard.png is one of them."""
     folder = Path(os.environ.get("SHELLY_PICTURES") or tmp_path)
