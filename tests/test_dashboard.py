@@ -692,6 +692,28 @@ async def test_a_sum_has_the_name_of_its_phases_or_of_its_device(start, database
     assert await texts(page, ".name") == ["House", "House A", "House C", "em1:0"]
 
 
+async def test_energy_given_back_is_said_where_there_is_some(start, database, look):
+    running = await start()
+    put_meter(database)
+    back = {"em:0:a": 500.0, "em:0:b": 0.0, "em:0:c": 312.5, "em1:0": None}
+
+    async def answer(route):
+        response = await route.fetch()
+        rows = [row | {"energy_returned_wh": back[row["channel"]]} for row in await response.json()]
+        await route.fulfill(response=response, json=rows)
+
+    for locale, words in (("en-GB", ["0.8 kWh given back", "0.5 kWh given back", "0.3 kWh given back"]), ("fr-FR", ["0,8 kWh rendus", "0,5 kWh rendus", "0,3 kWh rendus"])):  # fmt: skip
+        page = await look(running, locale=locale)
+        assert not re.search("given back|rendus", await text(page, "#strips"))
+        await page.route("**/data/energy*.json?*", answer)
+        await page.evaluate("refresh(true)")
+        await settled(page)
+        found = await texts(page, ".today")
+        assert [found[index].split(" · ")[1] for index in (0, 1, 3)] == words
+        assert not [line for line in (found[2], found[4]) if re.search("given back|rendus", line)]
+    assert (await texts(page, ".state"))[0] == "somme de 3 phases"
+
+
 async def test_pictures(start, database, look, tmp_path):
     """Kept where SHELLY_PICTURES says: docs/dashboard.png is one of them."""
     folder = Path(os.environ.get("SHELLY_PICTURES") or tmp_path)
