@@ -686,14 +686,15 @@ async def test_a_sum_has_the_name_of_its_phases_or_of_its_device(start, database
         "UPDATE channel_names SET name = 'House C' WHERE name = 'Solar'",
         "DELETE FROM power_logs WHERE channel = 'em:0:b'",
     )
+    put_rows(database, "em1:1", "40", device=METER)  # two clamps have no sum
     put_rows(database, "em:0:a", "500", device=HOUSE)
     put_rows(database, "em:1:b", "500", device=HOUSE)
     await reload(page)
-    assert await texts(page, ".name") == ["Barn · House", "Barn · House A", "Barn · House C", "Barn · em1:0", f"{HOUSE} · em:0:a", f"{HOUSE} · em:1:b"]  # fmt: skip
+    assert await texts(page, ".name") == ["Barn · House", "Barn · House A", "Barn · House C", "Barn · em1:0", "Barn · em1:1", f"{HOUSE} · em:0:a", f"{HOUSE} · em:1:b"]  # fmt: skip
     assert (await texts(page, ".state"))[0] == "sum of 2 phases"
     await page.locator("#device").select_option(METER)
     await settled(page)
-    assert await texts(page, ".name") == ["House", "House A", "House C", "em1:0"]
+    assert await texts(page, ".name") == ["House", "House A", "House C", "em1:0", "em1:1"]
 
 
 async def test_energy_given_back_is_said_where_there_is_some(start, database, look):
