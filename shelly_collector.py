@@ -30,7 +30,6 @@ import sys
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -44,7 +43,6 @@ from dotenv.parser import parse_stream
 from msgspec import UNSET, Meta, Raw, UnsetType
 from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 from websockets import ConnectionClosed, Headers, Request, Response, Server, ServerConnection, broadcast, serve
-from websockets.frames import TEXT
 
 log = logging.getLogger("shelly_collector")
 ISO = "%Y-%m-%dT%H:%M:%SZ"  # UTC, to the second
@@ -56,24 +54,16 @@ GET_STATUS = '{"id":2,"src":"collector","method":"Shelly.GetStatus"}'
 GET_CONFIG = '{"id":3,"src":"collector","method":"Shelly.GetConfig"}'  # for its names, once it has answered
 # The channels of each kind of component, {} being its number, and how it calls the fields of Reading; -: not at all.
 # A clamp's counters are in a data twin of their own; a three-phase meter has a channel for each phase.
-KINDS = [
-    *((kind, kind + ":{}", "apower voltage current aenergy ret_aenergy") for kind in "switch pm1 cover light".split()),
-    ("em1", "em1:{}", "act_power voltage current -aenergy -ret_aenergy"),
-    ("em1data", "em1:{}", "-apower -voltage -current total_act_energy total_act_ret_energy"),
-    *(("em", f"em:{{}}:{p}", f"{p}_act_power {p}_voltage {p}_current -aenergy -ret_aenergy") for p in "abc"),
-    *(
-        ("emdata", f"em:{{}}:{p}", f"-apower -voltage -current {p}_total_act_energy {p}_total_act_ret_energy")
-        for p in "abc"
-    ),
-]
-MOST_NUMBERS = 128  # of a kind; real ones are few
+KINDS = [(k, k + ":{}", "apower voltage current aenergy ret_aenergy") for k in ("switch", "pm1", "cover", "light")]
+KINDS += [("em1", "em1:{}", "act_power voltage current -e -r")]
+KINDS += [("em1data", "em1:{}", "-p -v -c total_act_energy total_act_ret_energy")]
+KINDS += [("em", f"em:{{}}:{x}", f"{x}_act_power {x}_voltage {x}_current -e -r") for x in "abc"]
+KINDS += [("emdata", f"em:{{}}:{x}", f"-p -v -c {x}_total_act_energy {x}_total_act_ret_energy") for x in "abc"]
 VOLTAGE_AGE, ASK_AGAIN = 300.0, 60.0  # old firmware seldom sends its voltage: ask for an older one, but not more often
-EARLY = 0.25  # a minute frame that comes this early, by the server's clock, means the minute that begins
 MOST_DEVICES, MOST_CHANNELS = 1_000, 50_000  # that one connection speaks for; that are known, of 0.5 kB each
-COMPLAIN_EVERY, MOST_COMPLAINTS = 60.0, 500  # at most one line about the same thing in this time, about so many things
+MOST_COMPLAINTS = 500  # in a minute, each about another thing
 BATCH, MOST_IN_MEMORY = 1_000, 100_000  # rows, of 0.25 kB: larger batches gain nothing; if even the disk takes none
 ANSWER_TIMEOUT, PATIENT_TIMEOUT = 5.0, 30.0  # more is an outage; if it then lets one connect, it is slow, or locked
-HELD_BACK = 25 * 3600.0  # a filter in front may hold frames back for so long
 RETRY, CLOSE_TIMEOUT = 2.0, 1.0  # before another attempt; for a peer that does not answer a close: a stop has 3 s
 # No device compresses, and it would take 40 KiB for each. The largest whole status has a few kB. Hosts cut after 55 s.
 SERVE = dict[str, Any](compression=None, max_size=2**18, ping_interval=25, ping_timeout=25, close_timeout=CLOSE_TIMEOUT)
@@ -128,12 +118,10 @@ def read_settings(env: dict[str, str | None]) -> Settings:
         raise ValueError("DATABASE_URL is not set, and the platform forgets its disk: set it, or a DATA_DIR that stays")
     url = settings.database_url or ""
     # libpq ends the password at the first @, and takes "ssword@host" for the host, which every error would tell.
-    user, _, rest = (url.partition("://")[2] if url.startswith("postgres") else "").partition("@")
-    readable = "@" not in rest.partition("?")[0] and not (rest and "/" in user and "?" not in user)
-    with contextlib.suppress(psycopg.Error, UnicodeError):
-        ports = str(psycopg.conninfo.conninfo_to_dict(url).get("port", ""))
-        if readable and re.fullmatch(r"[\d,]*", ports):
-            return settings
+    if not url.startswith("postgres") or re.fullmatch(r"[^/]*//([^@/]*@)?+[^@?]*(\?.*)?", url):
+        with contextlib.suppress(psycopg.Error, UnicodeError):
+            if re.fullmatch(r"[\d,]*", str(psycopg.conninfo.conninfo_to_dict(url).get("port", ""))):
+                return settings
     example = "postgresql://user:password@host:5432/name, with an @ or / in the password as %40 or %2F"
     raise ValueError(f"DATABASE_URL cannot be read: it must be like {example}")
 
@@ -205,7 +193,7 @@ class Frame(msgspec.Struct, gc=False):
 decode = msgspec.json.Decoder(Frame).decode
 
 
-def make_decoders(numbers: Iterable[int], missing: UnsetType | None) -> dict[str, list[tuple[str, Any]]]:
+def make_decoders(numbers: frozenset[int] | range, missing: UnsetType | None) -> dict[str, list[tuple[str, Any]]]:
     """By component key: its channels, and what decodes a reading of each, with `missing` for the fields it lacks."""
     decoders: dict[str, list[tuple[str, Any]]] = {}
     for kind, channel, names in KINDS:
@@ -223,7 +211,7 @@ def decode_frame(text: str | bytes, now: float) -> tuple[Frame, dict[str, Raw], 
     """The frame, its components by key, whether they are the whole of it, and the time it counts for; or ValueError."""
     frame = decode(text)
     if frame.received is not None:
-        if now - frame.received > HELD_BACK:
+        if now - frame.received > 25 * 3600:
             raise ValueError("received more than 25 hours ago")
         now = min(now, frame.received)  # a clock that runs ahead means now
     if frame.method not in ("NotifyStatus", "NotifyFullStatus", None) or frame.error is not UNSET:
@@ -265,11 +253,10 @@ class Collector:  # the state that handlers, writer and health page share
     outbox: "Outbox"
     kept: tuple[dict[str, list[tuple[str, Any]]], ...]  # make_decoders' for what changed, and for a whole status
     interval_s: float
-    early_s: float
+    early_s: float  # a minute frame that comes this early, by the server's clock, means the minute that begins
     channels: dict[str, Channel] = field(default_factory=dict)  # by device and component
     held_back: dict[str, Channel] = field(default_factory=dict)  # the same, of frames that come after newer ones
     complaints: dict[float, set[str]] = field(default_factory=dict)  # what they were about, by the minute
-    server: Server | None = None
     postgres: asyncio.subprocess.Process | None = None  # the embedded server
     pool: AsyncConnectionPool | None = None  # there is one: the database has answered, and the table is prepared
     aside: AsyncConnectionPool | None = None  # for whatever is no row, so that none ever waits for it
@@ -288,14 +275,14 @@ class Collector:  # the state that handlers, writer and health page share
 
 
 def make_collector(settings: Settings) -> Collector:
-    kept = tuple(make_decoders(settings.channels or range(MOST_NUMBERS), missing) for missing in (UNSET, None))
+    kept = tuple(make_decoders(settings.channels or range(128), missing) for missing in (UNSET, None))
     interval_s = settings.throttle_interval_seconds
-    return Collector(settings, Outbox(Path(settings.data_dir)), kept, interval_s, min(EARLY, interval_s / 240))
+    return Collector(settings, Outbox(Path(settings.data_dir)), kept, interval_s, min(0.25, interval_s / 240))
 
 
 def complain(collector: Collector, about: str, text: str, *values: object, bug: BaseException | None = None) -> bool:
     """Log a warning, at most one a minute about the same thing, and not about too many; whether it was logged."""
-    minute = time.monotonic() // COMPLAIN_EVERY
+    minute = time.monotonic() // 60
     said = collector.complaints.get(minute, set())
     collector.complaints = {minute: said}
     if about in said or len(said) >= MOST_COMPLAINTS:
@@ -681,7 +668,7 @@ async def open_database(collector: Collector) -> AsyncConnectionPool:
     return pool
 
 
-async def ask_aside(collector: Collector, question: str, values: Sequence[Any], first: str = "") -> Any:
+async def ask_aside(collector: Collector, question: str, values: list[Any] | tuple[Any, ...], first: str = "") -> Any:
     """What a function of schema.sql returns, `first` being said at its transaction's begin; raises DATABASE_ERRORS."""
     if collector.aside is None or collector.pool is None or collector.failures:
         raise OSError("the database is away")
@@ -780,8 +767,7 @@ async def start_postgres(collector: Collector, folder: Path, as_user: dict[str, 
     with open(os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600), "ab") as output:
         os.fchown(output.fileno(), child.get("user", -1), child.get("group", -1))
         process = collector.postgres = await asyncio.create_subprocess_exec(*command, stdout=output, **child)
-        until = time.monotonic() + 10
-        while time.monotonic() < until:  # who connects later sees what is the matter
+        for _ in range(200):  # some 10 s: who connects later sees what is the matter
             with contextlib.suppress(psycopg.OperationalError):
                 return await (await psycopg.AsyncConnection.connect(server_conninfo(folder), **CONNECTION)).close()
             await asyncio.sleep(0.05)
@@ -807,7 +793,7 @@ class DeviceConnection(ServerConnection):
     take: Any = None  # take_message, once the device has been asked
 
     def process_event(self, event: Any) -> Any:
-        if self.take is not None and event.opcode is TEXT and event.fin:
+        if self.take is not None and event.opcode == 1 and event.fin:  # a text
             return self.take(event.data)
         super().process_event(event)
         if self.transport.get_write_buffer_size() > 2**20:  # of answers to its own pings, which it never reads
@@ -856,20 +842,21 @@ async def answer_request(collector: Collector, connection: ServerConnection, req
     path, _, query = request.path.partition("?")
     token, headers = collector.settings.collector_token, request.headers
     host, origin, upgrade = (",".join(headers.get_all(name)).lower() for name in ("Host", "Origin", "Upgrade"))
-    get = request.method in ("GET", "HEAD") and "websocket" not in upgrade
+    get, connections = (
+        request.method in ("GET", "HEAD") and "websocket" not in upgrade,
+        len(connection.server.connections),
+    )
     if path in ("/", "/health") and get:
-        response = connection.respond(*health(collector, dict(parse_qsl(query)).get("silent", "86400")))
+        response = connection.respond(*health(collector, connections, dict(parse_qsl(query)).get("silent", "86400")))
     elif path == "/metrics" and get:
-        response = put(
-            connection.respond(200, ""), metrics_text(collector), {"Content-Type": "text/plain; version=0.0.4"}
-        )
+        kind = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        response = put(connection.respond(200, ""), metrics_text(collector, connections), kind)
     elif path.startswith(("/dashboard", "/data")) and get:
         response = connection.respond(401, "The link lacks the right ?token=, which --check shows.\n")
         if opens(query, collector.look_token):
             response = await answer_owner(collector, connection, path, query)
         if len(response.body) > 1000 and "gzip" in headers.get("Accept-Encoding", ""):
-            body = await asyncio.to_thread(zlib.compress, response.body, 5, 31)
-            put(response, body, {"Content-Encoding": "gzip"})
+            put(response, await asyncio.to_thread(zlib.compress, response.body, 5, 31), {"Content-Encoding": "gzip"})
         put(response, response.body, PRIVATE)
     elif path != "/ws":
         response = connection.respond(404, "Not found: devices connect to /ws.\n")
@@ -902,14 +889,14 @@ def put(response: Response, body: str | bytes | bytearray, headers: dict[str, st
     return response
 
 
-def health(collector: Collector, silent: str) -> tuple[int, str]:
+def health(collector: Collector, connections: int, silent: str) -> tuple[int, str]:
     """Status and text: how things stand; it tells no reasons and no names, as anybody may ask."""
     database, now = "connected" if collector.pool else "connecting", time.time()
     if collector.failures:
         database = f"unreachable since {time.strftime(ISO, time.gmtime(collector.down_since))}"
     text = f"""Shelly WS collector running
 database: {"preparing the table" if collector.preparing else database}
-devices connected: {len(collector.server.connections) if collector.server else 0}
+devices connected: {connections}
 rows written: {collector.rows_written}
 rows waiting: {len(collector.outbox)}
 last write: {time.strftime(ISO, time.gmtime(collector.last_write)) if collector.last_write else "never"}
@@ -921,7 +908,7 @@ rows dropped: {collector.outbox.dropped}
     return (503, f"{text}channels silent: {count}\n") if count else (200, text)
 
 
-def metrics_text(collector: Collector) -> str:
+def metrics_text(collector: Collector, connections: int) -> str:
     """The same for Prometheus."""
     values = {
         "frames_total": ("Frames that devices sent", collector.frames),
@@ -929,7 +916,7 @@ def metrics_text(collector: Collector) -> str:
         "rows_written_total": ("New rows in the table", collector.rows_written),
         "rows_dropped_total": ("Rows that are lost", collector.outbox.dropped),
         "rows_waiting": ("Rows on their way to the table", len(collector.outbox)),
-        "devices_connected": ("Open connections", len(collector.server.connections) if collector.server else 0),
+        "devices_connected": ("Open connections", connections),
         "database_up": ("Whether the database takes rows", int(collector.pool is not None and not collector.failures)),
         "last_write_timestamp_seconds": ("When rows were last written", collector.last_write or 0),
         "outages_total": ("Outages of the database", collector.outages),
@@ -939,14 +926,21 @@ def metrics_text(collector: Collector) -> str:
 
 
 async def answer_owner(collector: Collector, connection: ServerConnection, path: str, query: str) -> Response:
-    """The page, or the answer to a question, which PostgreSQL makes whole."""
+    """The page, in which nothing else may run nor reach out, or the answer to a question, made whole by PostgreSQL."""
     name, _, form = path.removeprefix("/data/").partition(".")
     given = {key: text.replace("\0", "?") for key, text in parse_qsl(query) if key != "token"}
     told = {setting: getattr(collector.settings, setting) for setting in TOLD.split()}
-    told["device_url"], _ = links(collector.settings)
-    in_force = msgspec.json.encode(told).decode()
+    in_force = msgspec.json.encode(told | {"device_url": links(collector.settings)[0]}).decode()
     if path == "/dashboard":
-        return make_page(connection.respond(200, ""), in_force)
+        page, nonce = Path(__file__).with_name("dashboard.html").read_text(encoding="utf-8"), os.urandom(16).hex()
+        policy = f"""default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; \
+img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"""
+        page = page.replace("<style>", f'<style nonce="{nonce}">', 1).replace(
+            "<script>", f'<script nonce="{nonce}">', 1
+        )
+        page = page.replace(">null<", ">" + in_force.replace("<", r"\u003c") + "<", 1)
+        headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
+        return put(connection.respond(200, ""), page, headers)
     if name not in QUESTIONS or form not in ("json", "csv"):
         return connection.respond(404, f"There are /data/NAME.json and .csv; NAME is {', '.join(QUESTIONS)}.\n")
     try:
@@ -962,23 +956,12 @@ async def answer_owner(collector: Collector, connection: ServerConnection, path:
         return connection.respond(status, f"{text}{one_line(exc)}\n")
 
 
-def make_page(response: Response, in_force: str) -> Response:
-    """dashboard.html with the settings in force, under a policy that lets nothing else run in it or reach out."""
-    page, nonce = Path(__file__).with_name("dashboard.html").read_text(encoding="utf-8"), os.urandom(16).hex()
-    policy = f"""default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; \
-img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"""
-    for tag in ("style", "script"):
-        page = page.replace(f"<{tag}>", f'<{tag} nonce="{nonce}">', 1)
-    page = page.replace(">null<", ">" + in_force.replace("<", r"\u003c") + "<", 1)
-    return put(response, page, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy})
-
-
 # ---- --check: how things stand, beside a running collector too. -----------------------------------------------------
 async def check(settings: Settings) -> int:
     """Print the settings, what the database holds and the URL for the device; the exit status."""
     shown = {name: getattr(settings, name.lower()) for name in Settings.__struct_encode_fields__}
-    parts = psycopg.conninfo.conninfo_to_dict(settings.database_url or "")
-    harmless = {key: parts[key] for key in ("user", "host", "port", "dbname") if key in parts}
+    parts = psycopg.conninfo.conninfo_to_dict(settings.database_url or "").items()
+    harmless = {key: value for key, value in parts if key in ("user", "host", "port", "dbname")}
     shown["DATABASE_URL"] = psycopg.conninfo.make_conninfo("", **harmless) or "none: a PostgreSQL of its own"
     shown |= {name: "***" for name in ("COLLECTOR_TOKEN", "DASHBOARD_TOKEN") if shown[name]}
     shown["CHANNELS"] = ",".join(map(str, sorted(settings.channels or ()))) or "all"
@@ -1055,7 +1038,7 @@ async def run(settings: Settings) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1_000_000)), hard))
     options = SERVE | {"create_connection": DeviceConnection, "process_request": partial(answer_request, collector)}
     try:
-        collector.server = await serve(partial(handle_device, collector), settings.host, settings.port, **options)
+        server = await serve(partial(handle_device, collector), settings.host, settings.port, **options)
     except (OSError, UnicodeError) as exc:
         log.critical("cannot listen on %s, port %d: %s", settings.host or "all addresses", settings.port, exc)
         return 1
@@ -1063,7 +1046,7 @@ async def run(settings: Settings) -> int:
     work = (write_batches(collector), keep_house(collector), tend_table(collector), stop.wait())
     writer, *others = [asyncio.create_task(part) for part in work]
     ended, _ = await asyncio.wait([writer, *others], return_when=asyncio.FIRST_COMPLETED)
-    await finish(collector, collector.server, writer)
+    await finish(collector, server, writer)
     bugs = [bug for task in ended if (bug := task.exception())]
     for bug in bugs:
         log.critical("stopped by a bug: %r", bug, exc_info=bug)
