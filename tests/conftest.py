@@ -205,15 +205,21 @@ def pytest_unconfigure(config: Any) -> None:
         config.own_folder.cleanup()
 
 
-@pytest.fixture
-def database() -> Iterator[str]:
-    """The URL of a fresh database."""
+@contextlib.contextmanager
+def fresh_database() -> Iterator[str]:
     postgres_url = os.environ["TEST_DATABASE_URL"]
     name = f"test_{os.getpid()}_{next(NUMBERS)}"
     with psycopg.connect(postgres_url, autocommit=True) as conn:
         conn.execute(f"CREATE DATABASE {name}")
         yield psycopg.conninfo.make_conninfo(postgres_url, dbname=name)
         conn.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def database() -> Iterator[str]:
+    """The URL of a fresh database."""
+    with fresh_database() as url:
+        yield url
 
 
 @pytest.fixture
