@@ -16,7 +16,7 @@ import urllib.request
 import pytest
 import shelly_collector as sc
 import simulated_device as sim
-from conftest import DEVICE, NUMBERS, ROOT, device, fresh_database, minute_frame, notify, read_rows, wait_for
+from conftest import DEVICE, NUMBERS, ROOT, fresh_database, minute_frame, notify, read_rows, wait_for
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -98,7 +98,7 @@ class Host:
     def __init__(self):
         self.answer = None  # a status, or "hang", or "drop": take the connection and close it; None: take it
         self.attempts, self.got, self.closes = [], [], []  # times, messages, codes
-        self.links = []
+        self.links, self.hanging = [], 0
         self.go_on = asyncio.Event()  # ends a "hang"
 
     async def __aenter__(self):
@@ -115,6 +115,7 @@ class Host:
     async def process_request(self, connection, _):
         self.attempts.append(time.monotonic())
         if self.answer == "hang":
+            self.hanging += 1
             await self.go_on.wait()
         elif isinstance(self.answer, int):
             return connection.respond(http.HTTPStatus(self.answer), "the router's own words\n")
@@ -147,6 +148,12 @@ async def host():
 
 def without_time(text):
     return re.sub(r'^{"received":[0-9.]+,?', "{", text)
+
+
+async def arrived(worker, link):
+    """Wait until the Worker has what was sent: both take their way through it."""
+    await (await link.ping())
+    await worker.get()
 
 
 async def sent_to(link, *frames):
@@ -236,37 +243,54 @@ async def test_requests_of_the_collector_arrive_and_its_answers_go_back(collecto
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 async def test_a_restart_of_the_collector_costs_no_row(collectors, workers, database, number):
-    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="0.2").ready()
-    worker = await workers(running.url)
+    step_s = 1.0  # and not less: on a busy machine a frame may take half a second
+    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS=str(step_s)).ready()
+    worker = await workers(running.url, SHORT)
     reported = []
     async with worker.device() as link:
 
         async def report():
-            for n in itertools.count(int(time.time() / 0.2) + 1):  # one frame in the midst of each interval
-                await asyncio.sleep(max(0, n * 0.2 + 0.1 - time.time()))
-                reported.append(n)
-                await sent_to(link, minute_frame(apower=400 + n % 7))
+            for n in itertools.count(int(time.time() / step_s) + 1):  # one frame in the midst of each interval
+                await asyncio.sleep(max(0, (n + 0.2) * step_s - time.time()))
+                if time.time() < (n + 0.5) * step_s:  # else this machine was busy, and another interval would be meant
+                    reported.append(n)
+                    await sent_to(link, minute_frame(apower=400 + n % 1000))
 
         stream = asyncio.create_task(report())
-        for _ in range(2):
-            count = len(reported)
-            await wait_for(lambda count=count: len(reported) > count + 5)
-            await running.stop(number)
-            count = len(reported)
-            await wait_for(lambda count=count: len(reported) > count + 3)
-            await (await running.again()).ready()
-            written = len(read_rows(database))
-            await wait_for(lambda written=written: len(read_rows(database)) > written)
+        await longer(reported, 3)
+        await running.stop(number)
+        await longer(reported, 2)
+        await (await running.again()).ready()
+        await longer(reported, 2)
         stream.cancel()
-        await wait_for(lambda: len(read_rows(database)) >= len(reported))
-    rows = [round(time.timestamp() / 0.2) for (time,) in read_rows(database, "timestamp")]
-    assert rows == reported
+        await wait_for(lambda: newest(database, step_s) == reported[-1])
+    rows = [(round(time.timestamp() / step_s), power) for time, power in read_rows(database, "timestamp, apower_w")]
+    assert rows == [(n, 400 + n % 1000) for n in reported]
+
+
+async def longer(what, count):
+    end = len(what) + count
+    await wait_for(lambda: len(what) >= end)
+
+
+def newest(database, step_s):
+    """The interval of the newest row."""
+    rows = read_rows(database, "timestamp", "timestamp DESC LIMIT 1")
+    return rows and round(rows[0][0].timestamp() / step_s)
 
 
 # ---- What passes. ---------------------------------------------------------------------------------------------------
 async def test_without_a_filter_everything_passes_both_ways_unchanged(workers, host):
     worker = await workers(host.url)
-    texts = ['{ "a" :1.0,  "b":1e3}', "no JSON", "", '{"received":5}', b"\x00\xff", json.dumps(minute_frame(apower=0)), "é€😀"]
+    texts = [
+        '{ "a" :1.0,  "b":1e3}',
+        "no JSON",
+        "",
+        '{"received":5}',
+        b"\x00\xff",
+        json.dumps(minute_frame(apower=0)),
+        "é€😀",
+    ]
     async with worker.device() as link:
         await sent_to(link, "{}")
         await host.has(1)  # from here on the connection is there
@@ -393,13 +417,14 @@ async def test_the_connection_opens_with_the_first_frame_that_passes(workers, ho
     worker = await workers(host.url, MIN_POWER_W="10")
     async with worker.device() as link:
         await sent_to(link, notify({"sys": {}}), event(), minute_frame(apower=3))
-        await worker.get()
+        await arrived(worker, link)
         assert not host.attempts
         host.answer = "hang"
-        began = time.time()
+        began = int(time.time() * 1000) / 1000  # a Worker's clock knows no more
         await sent_to(link, minute_frame(apower=433.8))
         await wait_for(lambda: host.attempts)
         await sent_to(link, minute_frame(apower=434.8))
+        await arrived(worker, link)
         host.go_on.set()
         await host.has(3)
         await sent_to(link, minute_frame(apower=435.8))
@@ -417,6 +442,7 @@ async def test_it_closes_when_nothing_runs_and_opens_again(workers, host):
             await sent_to(link, minute_frame(apower=433.8), minute_frame(apower=0))
             await wait_for(lambda n=n: len(host.closes) == n)
         assert host.closes == [1000, 1000] and len(host.attempts) == 2
+        assert host.links[1].close_reason == "nothing runs"
         await sent_to(link, MARK)
         await wait_for(lambda: len(host.attempts) == 3)
 
@@ -441,30 +467,32 @@ async def test_any_answer_but_a_refusal_means_that_it_is_away(workers, host, ans
     worker = await workers(host.url, SHORT | {"ANSWER_TIMEOUT": 200})
     async with worker.device() as link:
         await sent_to(link, "{}", '{ "a":1.0}', '{"received":5}', "no JSON", b"\x00", '{"a":{"received":6}}')
-        await wait_for(lambda: len(host.attempts) == 5)  # more than the refusals that it takes
+        await wait_for(lambda: len(host.attempts) >= 5)  # more than the refusals that it takes
         host.answer = None
         await host.has(6)
         assert re.fullmatch(r'{"received":\d+\.?\d*}', host.got[0])
         assert re.fullmatch(r'{"received":\d+\.?\d*, "a":1.0}', host.got[1])
         assert host.got[2:5] == ['{"received":5}', "no JSON", b"\x00"]
         assert re.fullmatch(r'{"received":\d+\.?\d*,"a":{"received":6}}', host.got[5])
+    await wait_for(lambda: worker.log.count("\n") >= 3)
     assert worker.log.count("\n") == 3  # its port, that the collector is away, that it is back
 
 
 async def test_what_went_out_in_the_last_seconds_goes_out_once_more(workers, host):
-    worker = await workers(host.url, SHORT | {"RESEND": 1000})
+    worker = await workers(host.url, SHORT | {"RESEND": 3000})
     async with worker.device() as link:
         await sent_to(link, '{"a":1}')
         await host.has(1)
-        await asyncio.sleep(1.1)
-        began = time.time()
+        await asyncio.sleep(3.1)
+        began = int(time.time() * 1000) / 1000  # a Worker's clock knows no more
         await sent_to(link, '{"a":2}', '{"a":3,"received":7}', '{"a":4}')
         await host.has(4)
         ended = time.time()
         host.answer = 503
         host.links[0].transport.abort()
-        await wait_for(lambda: len(host.attempts) == 3)
+        await wait_for(lambda: len(host.attempts) >= 3)
         await sent_to(link, '{"a":5}')
+        await arrived(worker, link)
         host.answer = None
         await host.has(8)
         await sent_to(link, '{"a":6}')
@@ -493,15 +521,17 @@ async def test_a_collector_that_takes_connections_and_drops_them_makes_no_hot_lo
     worker = await workers(host.url, SHORT)
     async with worker.device() as link:
         await sent_to(link, "{}")
-        await wait_for(lambda: len(host.attempts) == 6)
-        pauses = [b - a for a, b in itertools.pairwise(host.attempts)]
-        assert all(pause > least for pause, least in zip(pauses, [0.045, 0.095, 0.195, 0.395, 0.395], strict=True)), pauses
+        await wait_for(lambda: len(host.attempts) >= 6)
+        pauses = [b - a for a, b in itertools.pairwise(host.attempts[:6])]
+        assert all(pause > least for pause, least in zip(pauses, [0.045, 0.095, 0.195, 0.395, 0.395], strict=True)), (
+            pauses
+        )
         host.answer = None
         await host.has(1)
         await asyncio.sleep(0.5)  # longer than the longest pause: a connection that proved good
         host.links[-1].transport.abort()
-        lost = time.monotonic()
-        await wait_for(lambda: len(host.attempts) == 8)
+        lost, count = time.monotonic(), len(host.attempts)
+        await wait_for(lambda: len(host.attempts) > count)
         assert host.attempts[-1] - lost < 0.3
 
 
@@ -512,7 +542,7 @@ async def test_the_oldest_frames_are_dropped_when_too_many_wait(workers, host, s
     texts = [f'{{"n":{n:4}}}'.ljust(size) for n in range(1200 if size == 0 else 300)]
     async with worker.device() as link:
         await sent_to(link, *texts)
-        await (await link.ping())
+        await arrived(worker, link)
         count = len(host.attempts)
         await wait_for(lambda: len(host.attempts) > count + 1)
         host.answer = None
@@ -562,12 +592,12 @@ async def test_a_collector_that_refuses_is_told_to_the_device(collectors, worker
         ("wss//host/ws?token=s3cret", "COLLECTOR_URL cannot be read: it must be like wss://host/ws?token=..."),
         ("", "COLLECTOR_URL cannot be read: it must be like wss://host/ws?token=..."),
     ]
-    for url, reason in cases:
-        worker = await workers(url, SHORT)
+    started = await asyncio.gather(*(workers(url, SHORT) for url, _ in cases))
+    for worker, (_, reason) in zip(started, cases, strict=True):
         async with worker.device() as link:
             await sent_to(link, "{}")
             assert await asyncio.wait_for(ended(link), 10) == (1013, reason)
-        assert reason in worker.log
+        await wait_for(lambda worker=worker, reason=reason: reason in worker.log)
     assert len(host.attempts) == 3
 
 
@@ -592,9 +622,9 @@ async def test_a_device_that_leaves_while_the_collector_is_asked_leaves_nothing_
     worker = await workers(host.url, SHORT)
     async with worker.device() as link:
         await sent_to(link, "{}")
-        await wait_for(lambda: len(host.attempts) == 2)
+        await wait_for(lambda: host.attempts)
         host.answer = "hang"
-        await wait_for(lambda: len(host.attempts) == 4)
+        await wait_for(lambda: host.hanging)
     asked = len(host.attempts)
     host.answer = None
     host.go_on.set()
@@ -614,13 +644,20 @@ async def test_a_device_must_carry_the_token_and_a_page_of_another_site_stays_ou
     worker = await workers(host.url, DEVICE_TOKEN="s3cret + more")
     assert (await worker.get())[0] == (await worker.get("HEAD"))[0] == 426
     assert (await worker.get("POST", "?token=s3cret%20%2B%20more"))[0] == 426
-    for query in ("", "?token=", "?token=s3cret", "?token=s3cret+++more", "?Token=s3cret+%2B+more", "?token=x&token=s3cret+%2B+more"):
+    for query in (
+        "",
+        "?token=",
+        "?token=s3cret",
+        "?token=s3cret+++more",
+        "?Token=s3cret+%2B+more",
+        "?token=x&token=s3cret+%2B+more",
+    ):
         assert await refusal(worker, query) == (401, "The URL lacks the right ?token=\n"), query
     for query in ("?token=s3cret+%2B+more", "?token=s3cret%20+%20more", "?a=b&token=s3cret%20%2B%20more&token="):
         async with worker.device(query, additional_headers={"Origin": "https://shelly.example.org"}):
             pass
     plain = await workers(host.url, DEVICE_TOKEN=" ")
-    for origin in ("https://evil.example.org", "null", ""):
+    for origin in ("https://evil.example.org", "null"):
         status, text = await refusal(plain, Origin=origin)
         assert (status, text) == (403, "No page of another site may send rows.\n")
     async with plain.device(additional_headers={"Origin": f"http://127.0.0.1:{plain.port}"}):
@@ -628,26 +665,22 @@ async def test_a_device_must_carry_the_token_and_a_page_of_another_site_stays_ou
     assert not host.attempts
 
 
-@pytest.mark.parametrize("name, text", [("CHANNELS", "0,x"), ("CHANNELS", "0,"), ("MIN_POWER_W", "ten"), ("MIN_POWER_W", "-1"), ("MIN_POWER_W", "2e9")])
+@pytest.mark.parametrize(
+    "name, text",
+    [("CHANNELS", "0,x"), ("CHANNELS", "0,"), ("MIN_POWER_W", "ten"), ("MIN_POWER_W", "-1"), ("MIN_POWER_W", "2e9")],
+)
 async def test_a_setting_that_makes_no_sense_is_named(workers, host, name, text):
     worker = await workers(host.url, DEVICE_TOKEN="s3cret", **{name: text})
     for status, said in (await refusal(worker, "?token=s3cret"), await worker.get()):
         assert status == 500 and said.startswith(f"{name} makes no sense: ") and said.count("\n") == 1
-    assert f"{name} makes no sense: " in worker.log
+    await wait_for(lambda: f"{name} makes no sense: " in worker.log)
 
 
 async def test_numbers_and_lists_of_wrangler_toml_are_read_too(workers, host):
     worker = await workers(host.url, CHANNELS=[1, 2], MIN_POWER_W=10)
     async with worker.device() as link:
-        await sent_to(link, delta(switch_0={"apower": 50}), delta(switch_1={"apower": 50}), delta(switch_2={"apower": 9}), MARK)
+        await sent_to(
+            link, delta(switch_0={"apower": 50}), delta(switch_1={"apower": 50}), delta(switch_2={"apower": 9}), MARK
+        )
         await host.has(2)
     assert "switch:1" in host.got[0]
-
-
-async def test_the_simulated_device_lives_through_it(collectors, workers, database):
-    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="1").ready()
-    worker = await workers(running.url)
-    async with device(running.url):  # the collector's own greeting is the same
-        one = sim.Device(f"shellypro4pm-{1:012x}", 4, False, seed=1)
-        await asyncio.wait_for(sim.live(sim.Line(one, worker.url(), False, lambda _: None), 1.0, 3), 30)
-    await wait_for(lambda: len(read_rows(database)) >= 12)
