@@ -1,6 +1,6 @@
-// Runs worker.js in Cloudflare's own runtime, for the tests: node worker_runtime.mjs '{"bindings":{…},"constants":{…}}'
-// Prints its port, then whatever the Worker and the runtime log. `constants` replace those at the top of the module, for
-// times that no test can await.
+// Runs worker.js in Cloudflare's own runtime, for the tests: node worker_runtime.mjs '{"bindings":{…},"constants":{…}}'.
+// Prints its port, then whatever the Worker and the runtime log; ends with its input. `constants` replace those at the
+// top of the module, for times that no test can await.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 
@@ -13,7 +13,8 @@ for (const [name, value] of Object.entries(constants)) {
   if (!line.test(script)) throw new Error(`worker.js has no constant ${name}`);
   script = script.replace(line, `const ${name} = ${value};`);
 }
-const [, compatibilityDate] = /^compatibility_date = "(.*)"/m.exec(readFileSync(new URL("wrangler.toml", folder), "utf8"));
+const wrangler = readFileSync(new URL("wrangler.toml", folder), "utf8");
+const [, compatibilityDate] = /^compatibility_date = "(.*)"/m.exec(wrangler);
 const runtime = new Miniflare({
   host: "127.0.0.1",
   port: 0,

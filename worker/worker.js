@@ -1,8 +1,8 @@
 // A Cloudflare Worker between Shelly devices and the collector, which wakes the collector's host only when something
 // runs. The path of a frame:
 //
-//   device ── wss ──▶ takeFrame ─▶ passes? ─▶ is the collector there? ── yes ──▶ send ── wss ──▶ collector
-//                                                          └── no ──▶ keep ─▶ openCollector ─▶ flush ──┘
+//   device ── wss ──▶ takeFrame ─▶ passes? ─▶ is the collector there? ─ yes ─▶ send ── wss ──▶ collector
+//                                                         └─ no ─▶ keep ─▶ openCollector ─▶ takeCollector
 //
 // line     one device's connection and all that is known of it; it lives in memory, and no longer than the connection
 // frame    one message of a device   {"src":"shellypro4pm-a1b2c3d4e5f6","method":"NotifyStatus","params":{…}}
@@ -10,7 +10,7 @@
 // kept     frames that wait for the collector       sent   frames that went out in the last seconds
 
 // ---- Limits and patience. Times are milliseconds. ------------------------------------------------------------------
-const RUN_OUT = 130_000; // a channel's frames pass for so long after its run: two minute frames, so one of the next minute
+const RUN_OUT = 130_000; // a channel's frames pass for so long after its run: the next two minute frames
 const IDLE_CLOSE = 600_000; // nothing ran for so long: the collector's host may sleep again
 const MOST_KEPT = 1_000; // frames,
 const MOST_KEPT_BYTES = 256_000; // and bytes; a frame of 2 ** 18 ends the collector's connection, so it is never kept
@@ -40,11 +40,10 @@ export default {
     if (!isUpgrade) return new Response("This is a WebSocket endpoint.\n", { status: 426 });
     const { search, host } = new URL(request.url);
     const origin = request.headers.get("Origin"); // only a browser sends one, and the collector does not see it
-    if (settings.token) {
-      if (!(await opens(search, settings.token))) return new Response("The URL lacks the right ?token=\n", { status: 401 });
-    } else if (origin !== null && origin.split("://")[1] !== host) {
+    if (settings.token && !(await opens(search, settings.token)))
+      return new Response("The URL lacks the right ?token=\n", { status: 401 });
+    if (!settings.token && origin !== null && origin.split("://")[1] !== host)
       return new Response("No page of another site may send rows.\n", { status: 403 });
-    }
     const { 0: client, 1: device } = new WebSocketPair();
     takeDevice(device, settings);
     return new Response(null, { status: 101, webSocket: client });
@@ -258,29 +257,30 @@ function openCollector(line) {
 
 async function connect(line, attempt) {
   const timer = setTimeout(() => attempt.abort(), ANSWER_TIMEOUT); // a silent host hangs
-  let socket = null;
-  let said = "no answer";
+  const request = { headers: { Upgrade: "websocket" }, redirect: "manual", signal: attempt.signal };
+  let response = null;
   try {
     line.fetches += 1;
-    const request = { headers: { Upgrade: "websocket" }, redirect: "manual", signal: attempt.signal };
-    const response = line.settings.url === null ? null : await fetch(line.settings.url, request);
-    socket = response?.webSocket ?? null; // a refusal is a status without one
-    said = response === null ? "COLLECTOR_URL cannot be read: it must be like wss://host/ws?token=..." : `status ${response.status}`;
-    if (socket === null) await response?.body?.cancel();
+    if (line.settings.url !== null) response = await fetch(line.settings.url, request);
+    if (!response.webSocket) await response.body?.cancel(); // a refusal is a status without a socket
   } catch {} // its message may show the URL
   clearTimeout(timer);
   line.attempt = null;
-  if (socket !== null) {
-    accept(socket);
-    if (line.ended) return hangUp(socket, 1000, ""); // the device left meanwhile
-    return takeCollector(line, socket);
-  }
-  if (line.ended) return;
-  const refused = line.settings.url === null || said === "status 401" || said === "status 403";
+  const socket = response?.webSocket;
+  if (socket) accept(socket);
+  if (socket && line.ended) hangUp(socket, 1000, ""); // the device left meanwhile
+  else if (socket) takeCollector(line, socket);
+  else if (!line.ended) stayAway(line, response?.status);
+}
+
+// Sleeping hosts answer 404, 502, 503, or not at all. Only a refusal is something that the owner should see.
+function stayAway(line, status) {
+  let refused = status === 401 || status === 403 ? `the collector refuses: status ${status}` : "";
+  if (line.settings.url === null) refused = "COLLECTOR_URL cannot be read: it must be like wss://host/ws?token=...";
   line.refusals = refused ? line.refusals + 1 : 0;
-  if (!line.isAway) console.warn(`the collector is away, frames are kept: ${said}`);
+  if (!line.isAway) console.warn(`the collector is away, frames are kept: ${refused || (status ?? "no answer")}`);
   line.isAway = true;
-  if (line.refusals === MOST_REFUSALS) return end(line, 1013, refused && line.settings.url ? `the collector refuses: ${said}` : said);
+  if (line.refusals === MOST_REFUSALS) return end(line, 1013, refused);
   waitLonger(line);
   openCollector(line);
 }
@@ -313,7 +313,7 @@ function lose(line, socket) {
   line.collector = null;
   clearTimeout(line.idleTimer);
   const now = Date.now();
-  if (now - line.openedAt >= LONGEST_PAUSE) line.pause = SHORTEST_PAUSE; // not earlier: it may accept and drop, for ever
+  if (now - line.openedAt >= LONGEST_PAUSE) line.pause = SHORTEST_PAUSE; // not earlier: it may drop at once, for ever
   waitLonger(line);
   for (const frame of line.sent.frames) if (frame.sentAt >= now - RESEND) put(line.kept, frame);
   line.sent = { frames: [], bytes: 0 };
