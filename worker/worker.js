@@ -350,7 +350,7 @@ function end(line, code, reason) {
   if (reason) console.warn(`the device is closed with ${code}: ${reason}`);
   clearTimeout(line.retryTimer);
   clearTimeout(line.idleTimer);
-  line.attempt?.abort();
+  line.attempt?.abort(); // as the runtime does by itself where the device has gone
   if (line.collector) hangUp(line.collector, 1000, "");
   hangUp(line.device, code, reason);
 }
