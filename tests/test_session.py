@@ -361,9 +361,12 @@ async def test_jitter_of_50_ms_costs_no_interval(collectors, database):
     rnd = random.Random(3)
     async with device(running.url) as peer:
         await peer.send(minute_frame())
-        for _ in range(5):
+        sent = 1
+        while sent < 6:
             target = (time.time() // 2 + 1) * 2
             await asyncio.sleep(target - time.time() + 0.06 + rnd.uniform(-0.05, 0.05))
-            await peer.send(minute_frame())
+            if time.time() < target + 0.5:  # else a busy machine made it late, perhaps into the next interval
+                await peer.send(minute_frame())
+                sent += 1
     rows = await wait_for_rows(database, 6)
     assert len(rows) == 6
