@@ -520,14 +520,16 @@ async def test_a_day_of_a_simulated_house_becomes_rows_within_seconds(collectors
     await wait_for(lambda: len(read_rows(database, "1", "1")) >= 4 * 1415, 20)
     with psycopg.connect(database) as conn:
         cover = conn.execute("SELECT missing, longest_gap, resets FROM coverage() ORDER BY channel").fetchall()
-        runs = conn.execute(
-            "SELECT channel, count(*), sum(energy_wh) FROM power_cycles() GROUP BY 1 ORDER BY 1"
-        ).fetchall()
+        runs = dict(conn.execute("SELECT channel, count(*) FROM power_cycles() GROUP BY 1"))
         (kwh,) = conn.execute("SELECT sum(energy_wh) / 1000 FROM energy_by_day()").fetchone()
-        drawn = conn.execute("SELECT sum(apower_w) / 60000 FROM power_logs").fetchone()[0]
+        # without network there are no powers, only what the counter rose by meanwhile
+        (drawn_kwh,) = conn.execute("""
+            SELECT sum(CASE WHEN until - timestamp = '1 min' THEN apower_w / 60 ELSE total - energy_total_wh END) / 1000
+            FROM (SELECT *, lead(timestamp) OVER w AS until, lead(energy_total_wh) OVER w AS total FROM power_logs
+                  WINDOW w AS (PARTITION BY channel ORDER BY timestamp)) AS steps
+        """).fetchone()
     assert len(cover) == 4 and all(19 <= missing <= 21 and resets == 0 for missing, _, resets in cover)
-    assert [channel for channel, _, _ in runs] == ["switch:0", "switch:1", "switch:2"] and all(
-        count > 2 for _, count, _ in runs
-    )
-    assert kwh == pytest.approx(drawn, rel=0.05)
+    runs.pop("switch:0", 0)  # when the pump runs is left to chance
+    assert runs.keys() == {"switch:1", "switch:2"} and min(runs.values()) > 5
+    assert kwh == pytest.approx(drawn_kwh, rel=0.001)
     assert "passed over" not in running.log
