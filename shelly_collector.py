@@ -767,7 +767,8 @@ async def start_postgres(collector: Collector, folder: Path, as_user: dict[str, 
     with open(os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600), "ab") as output:
         os.fchown(output.fileno(), child.get("user", -1), child.get("group", -1))
         process = collector.postgres = await asyncio.create_subprocess_exec(*command, stdout=output, **child)
-        for _ in range(200):  # some 10 s: who connects later sees what is the matter
+        until = time.monotonic() + 10
+        while time.monotonic() < until:  # who connects later sees what is the matter
             with contextlib.suppress(psycopg.OperationalError):
                 return await (await psycopg.AsyncConnection.connect(server_conninfo(folder), **CONNECTION)).close()
             await asyncio.sleep(0.05)
@@ -986,12 +987,16 @@ async def check_database(collector: Collector) -> None:
     url, folder = collector.settings.database_url, Path(collector.settings.data_dir, "postgres").absolute()
     if not url and not (folder / "PG_VERSION").exists():
         return print("\nThere is no database yet: the collector makes it when it starts.")
-    if not url and not (folder / "postmaster.pid").exists():
-        with contextlib.suppress(sqlite3.OperationalError):  # a collector has the folder, and starts its server
-            if collector.outbox.path.exists():  # else making it could give it to another user than the collector's
-                collector.outbox.claim()
-            await start_postgres(collector, folder, server_user(folder))
-    async with await psycopg.AsyncConnection.connect(url or server_conninfo(folder), **CONNECTION) as conn:
+    if not url:
+        url = server_conninfo(folder)
+        try:
+            await (await psycopg.AsyncConnection.connect(url, **CONNECTION)).close()
+        except psycopg.OperationalError:
+            with contextlib.suppress(sqlite3.OperationalError):  # a collector has the folder, and starts its server
+                if collector.outbox.path.exists():  # else making it could give it to another user than the collector's
+                    collector.outbox.claim()
+                await start_postgres(collector, folder, server_user(folder))
+    async with await psycopg.AsyncConnection.connect(url, **CONNECTION) as conn:
         print(f"\nThe database answers: PostgreSQL {conn.info.server_version // 10000}")
         if await (await conn.execute("SELECT to_regclass('power_logs')")).fetchone() == (None,):
             return print("There is no table yet: the collector makes it when it starts.")

@@ -230,6 +230,19 @@ async def test_check_leaves_a_server_alone_that_runs(collectors, tmp_path, left)
     server.send_signal(signal.SIGINT)
 
 
+async def test_check_reads_what_is_there_after_a_power_cut(collectors, tmp_path):
+    running = await connected(collectors, tmp_path)
+    await takes_a_row(running, "one", 1)
+    running.process.kill()
+    for process in [*(left := servers(tmp_path)), *(child for server in left for child in server.children(True))]:
+        process.kill()
+    running.process.wait()
+    psutil.wait_procs(left, 5)
+    assert (tmp_path / "data/postgres/postmaster.pid").exists()
+    status, out = await check(running)
+    assert status == 0 and "holds 1 rows" in out and servers(tmp_path) == []
+
+
 @pytest.mark.parametrize("how", ["| head -n 1", "& sleep 0.7; kill -INT $!; wait"])
 async def test_a_check_that_is_cut_off_leaves_no_server_behind(collectors, tmp_path, how):
     running = await connected(collectors, tmp_path)
