@@ -843,12 +843,10 @@ async def answer_request(collector: Collector, connection: ServerConnection, req
     path, _, query = request.path.partition("?")
     token, headers = collector.settings.collector_token, request.headers
     host, origin, upgrade = (",".join(headers.get_all(name)).lower() for name in ("Host", "Origin", "Upgrade"))
-    get, connections = (
-        request.method in ("GET", "HEAD") and "websocket" not in upgrade,
-        len(connection.server.connections),
-    )
+    get = request.method in ("GET", "HEAD") and "websocket" not in upgrade
+    connections = len(connection.server.connections)
     if path in ("/", "/health") and get:
-        response = connection.respond(*health(collector, connections, dict(parse_qsl(query)).get("silent", "86400")))
+        response = connection.respond(*health(collector, connections, dict(parse_qsl(query)).get("silent")))
     elif path == "/metrics" and get:
         kind = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         response = put(connection.respond(200, ""), metrics_text(collector, connections), kind)
@@ -890,7 +888,7 @@ def put(response: Response, body: str | bytes | bytearray, headers: dict[str, st
     return response
 
 
-def health(collector: Collector, connections: int, silent: str) -> tuple[int, str]:
+def health(collector: Collector, connections: int, silent: str | None) -> tuple[int, str]:
     """Status and text: how things stand; it tells no reasons and no names, as anybody may ask."""
     database, now = "connected" if collector.pool else "connecting", time.time()
     if collector.failures:
@@ -903,6 +901,8 @@ rows waiting: {len(collector.outbox)}
 last write: {time.strftime(ISO, time.gmtime(collector.last_write)) if collector.last_write else "never"}
 rows dropped: {collector.outbox.dropped}
 """
+    if silent is None:
+        return 200, text
     if not re.fullmatch(r"[0-9]{1,9}", silent):
         return 400, "silent makes no sense: it is a number of seconds\n"
     count = sum(int(silent) < now - channel.heard < 86_400 for channel in collector.channels.values())
