@@ -1,13 +1,9 @@
 // A Cloudflare Worker between Shelly devices and the collector, which wakes the collector's host only when something
-// runs. The path of a frame:
+// runs:   device ── wss ──▶ passes? ─▶ deliver ── wss, opened for it if need be ──▶ collector
 //
-//   device ── wss ──▶ takeFrame ─▶ passes? ─▶ is the collector there? ─ yes ─▶ send ── wss ──▶ collector
-//                                                         └─ no ─▶ keep ─▶ openCollector ─▶ takeCollector
-//
-// line     one device's connection and all that is known of it; it lives in memory, and no longer than the connection
+// line     one device's connection and all that is known of it, in memory, no longer than the connection lasts
 // frame    one message of a device   {"src":"shellypro4pm-a1b2c3d4e5f6","method":"NotifyStatus","params":{…}}
 // channel  a metered part of a device, by its key   switch:2, em1:0 (and its counter's twin, em1data:0)
-// kept     frames that wait for the collector       sent   frames that went out in the last seconds
 
 // ---- Limits and patience. Times are milliseconds. ------------------------------------------------------------------
 const RUN_OUT = 130_000; // a channel's frames pass for so long after its run: the next two minute frames
@@ -18,32 +14,27 @@ const RESEND = 60_000; // there is no acknowledgement, and the collector leaves 
 const SHORTEST_PAUSE = 1_000; // between attempts, doubled after each,
 const LONGEST_PAUSE = 60_000; // up to this; a connection that lasted so long proved good
 const ANSWER_TIMEOUT = 30_000; // a host that wakes up may hold the request for a while
-const MOST_FETCHES = 50; // that Cloudflare's free plan allows in one connection's life
+const MOST_FETCHES = 49; // one less than Cloudflare's free plan allows in one connection's life
 const RENEW_AT = 40; // fetches after which a moment with nothing to send is used to begin anew
-const MOST_REFUSALS = 3; // in a row
 const MOST_CHANNELS = 1_000; // of a line,
-const MOST_WITHHELD = 4_000; // characters of what a component said that did not pass
+const MOST_SAID = 4_000; // characters of what a component said
 
-// Key of a component: kind, kind of a twin, number; and which fields of a kind are its power.
-const KEY = /^(?:(switch|pm1|cover|light|em1|em)|(em1|em)data):(\d{1,3})$/;
-const APOWER = ["apower"];
-const PHASES = ["a_act_power", "b_act_power", "c_act_power"];
-const POWERS = { switch: APOWER, pm1: APOWER, cover: APOWER, light: APOWER, em1: ["act_power"], em: PHASES };
-const ID_OF_CONFIG = 3; // of the collector's Shelly.GetConfig, whose answer has the keys of channels, but no powers
+const KEY = /^(?:switch|pm1|cover|light|em1?(?:data)?):(\d{1,3})$/;
+const POWER = /^(?:apower|(?:[abc]_)?act_power)$/;
 
 export default {
   async fetch(request, env) {
-    const isUpgrade = (request.headers.get("Upgrade") ?? "").toLowerCase() === "websocket";
     const settings = readSettings(env);
-    if (settings.wrong) console.error(settings.wrong);
-    if (settings.wrong) return new Response(`${settings.wrong}\n`, { status: 500 });
-    if (!isUpgrade) return new Response("This is a WebSocket endpoint.\n", { status: 426 });
-    const { search, host } = new URL(request.url);
+    const { searchParams, host } = new URL(request.url);
     const origin = request.headers.get("Origin"); // only a browser sends one, and the collector does not see it
-    if (settings.token && !(await opens(search, settings.token)))
-      return new Response("The URL lacks the right ?token=\n", { status: 401 });
+    const refuse = (status, text) => new Response(`${text}\n`, { status });
+    if (settings.wrong) console.error(settings.wrong);
+    if (settings.wrong) return refuse(500, settings.wrong);
+    if (!/^websocket$/i.test(request.headers.get("Upgrade"))) return refuse(426, "This is a WebSocket endpoint.");
+    if (settings.token && !(await areSame(settings.token, searchParams.get("token") ?? "")))
+      return refuse(401, "The URL lacks the right ?token=");
     if (!settings.token && origin !== null && origin.split("://")[1] !== host)
-      return new Response("No page of another site may send rows.\n", { status: 403 });
+      return refuse(403, "No page of another site may send rows.");
     const { 0: client, 1: device } = new WebSocketPair();
     takeDevice(device, settings);
     return new Response(null, { status: 101, webSocket: client });
@@ -65,7 +56,6 @@ function readSettings(env) {
     token: said("DEVICE_TOKEN"),
     channels: channels && new Set(channels.map(Number)), // null: all
     floor: floor ? Number(floor) : null, // W; null: every channel counts as running
-    filters: channels !== null || floor !== "",
     wrong,
   };
 }
@@ -76,91 +66,74 @@ function readUrl(text) {
   return url && /^https?:$/.test(url.protocol) && !url.username && !url.password ? url.href : null;
 }
 
-// Whether a query carries the token, in which a blank may be + or %20. Hashes have one length, and tell no prefix.
-async function opens(search, token) {
-  const given = search.slice(1).split("&").find((part) => part.startsWith("token="))?.slice(6) ?? "";
-  const digest = (text) => crypto.subtle.digest("SHA-256", new TextEncoder().encode(text));
-  const right = await digest(token);
-  let found = false;
-  for (const text of [given, given.replaceAll("+", "%2B")]) {
-    const way = await digest(new URLSearchParams(`token=${text}`).get("token"));
-    found = crypto.subtle.timingSafeEqual(way, right) || found;
-  }
-  return found;
+// In a query + may stand for itself or for a blank, so they count as one. Hashes have one length, and tell no prefix.
+async function areSame(...tokens) {
+  const hash = (token) => crypto.subtle.digest("SHA-256", new TextEncoder().encode(token.replaceAll("+", " ")));
+  const [right, given] = await Promise.all(tokens.map(hash));
+  return crypto.subtle.timingSafeEqual(right, given);
 }
 
 // ---- Filter: which frames pass. -------------------------------------------------------------------------------------
-// Text that is no JSON does not: it is no reading, so it should wake nobody.
-function passes(line, data, now) {
+function passes(line, data) {
+  const { channels, floor } = line.settings;
+  if (channels === null && floor === null) return true;
   let frame = null;
   try {
     frame = JSON.parse(data);
-  } catch {}
-  if (frame === null || typeof frame !== "object") return false;
-  const { method = null, params, result } = frame; // a Wall Display sends an id with its method
-  if (method === null) {
-    if (frame.id !== ID_OF_CONFIG) layOver(line, frame, result, true, now);
-    return "result" in frame || "error" in frame;
-  }
-  if (method === "NotifyFullStatus") layOver(line, frame, params, true, now);
-  return method === "NotifyFullStatus" || (method === "NotifyStatus" && layOver(line, frame, params, false, now));
+  } catch {} // no reading, so it should wake nobody
+  const { id, method = null, params, result, error } = frame ?? {};
+  const answers = method === null && (result !== undefined || error !== undefined); // a Wall Display's Notify has an id
+  if (answers && id === 3) return true; // to the collector's Shelly.GetConfig: keys of channels, but no powers
+  const whole = answers || method === "NotifyFullStatus";
+  if (!whole && method !== "NotifyStatus") return false;
+  return layOver(line, frame, answers ? result : params, whole) || whole;
 }
 
-// Take components into the known status; whether one of the kept channels runs, or ran lately.
-function layOver(line, { src, received }, components, whole, now) {
-  const { channels, floor } = line.settings;
+// Lay components over what their channels said before; whether one of the kept channels runs, or ran lately.
+function layOver(line, { src, received }, components, whole) {
   if (typeof src !== "string" || src.length > 100) return false; // the collector passes over it
-  const at = typeof received === "number" ? received * 1000 : now; // it may be of the past
+  const at = typeof received === "number" ? received * 1000 : Date.now(); // it may be of the past
+  const { channels } = line.settings;
   const found = []; // [channel, key, component]
   for (const [key, component] of Object.entries(components ?? {})) {
-    const [, kind, twinOf, number] = KEY.exec(key) ?? [];
+    const number = KEY.exec(key)?.[1];
     if (number === undefined || (channels && !channels.has(Number(number)))) continue;
-    const channel = channelOf(line, `${src} ${kind ?? twinOf}:${number}`);
-    const ran = runs(channel, floor); // until now, as far as is known: a stop is a frame, too
-    if (whole && kind) channel.powers = {};
-    for (const field of kind ? POWERS[kind] : []) {
-      const power = component?.[field];
-      if (power === null || typeof power === "number") channel.powers[field] = power;
-    }
-    if (ran || runs(channel, floor)) {
-      channel.ranAt = Math.max(channel.ranAt, at);
+    const meter = key.replace("data", "");
+    const channel = channelOf(line, `${src} ${meter}`);
+    const laid = { ...(whole ? null : channel.said[key]), ...component };
+    if (runs(line, channel.said[meter]) || runs(line, laid)) {
+      channel.ranAt = Math.max(channel.ranAt, at); // it ran until now, as far as is known: a stop is a frame, too
       closeWhenIdle(line);
     }
-    found.push([channel, key, component]);
+    found.push([channel, key, laid]);
   }
   const passing = whole || found.some(([channel]) => at - channel.ranAt < RUN_OUT);
-  for (const [channel, key, component] of found) {
-    if (!passing) withhold(channel, key, component, src, at / 1000);
-    else if (whole) channel.withheld.delete(key);
-    else release(line, channel, now);
+  for (const [channel, key, laid] of found) {
+    if (passing && !whole && channel.heldAt !== null) release(line, src, channel);
+    channel.heldAt = passing ? null : at;
+    channel.said[key] = JSON.stringify(laid).length < MOST_SAID ? laid : {};
   }
   return passing;
 }
 
 function channelOf(line, name) {
-  const channel = line.known.get(name) ?? { powers: {}, ranAt: -Infinity, withheld: new Map() };
-  line.known.delete(name); // and to the end: the first one is the one that was silent for longest
-  line.known.set(name, channel);
-  if (line.known.size > MOST_CHANNELS) line.known.delete(line.known.keys().next().value);
+  const channel = line.channels.get(name) ?? { said: {}, heldAt: null, ranAt: -Infinity };
+  line.channels.delete(name); // and to the end: the first one is the one that was silent for longest
+  line.channels.set(name, channel);
+  if (line.channels.size > MOST_CHANNELS) line.channels.delete(line.channels.keys().next().value);
   return channel;
 }
 
-function runs(channel, floor) {
-  return floor === null || Object.values(channel.powers).some((power) => Math.abs(power) > floor);
+function runs(line, component) {
+  const { floor } = line.settings;
+  if (floor === null) return true;
+  return Object.entries(component ?? {}).some(([field, value]) => POWER.test(field) && Math.abs(value) > floor);
 }
 
-// What does not pass is only put together: a run begins with a delta of power and current, and its first row takes
-// voltage and counter from the minute before. Else they would be those of the run before, perhaps of last week.
-function withhold(channel, key, component, src, received) {
-  const old = JSON.parse(channel.withheld.get(key) ?? "{}").params?.[key];
-  const params = { [key]: { ...old, ...component } };
-  const text = JSON.stringify({ src, dst: "ws", method: "NotifyStatus", received, params });
-  channel.withheld.set(key, text.length < MOST_WITHHELD ? text : "{}");
-}
-
-function release(line, channel, now) {
-  for (const text of channel.withheld.values()) if (text !== "{}") deliver(line, text, now);
-  channel.withheld.clear();
+// A run begins with a delta of power and current, and its first row takes voltage and counter from the minute before,
+// which did not pass. Without them they would be those of the run before, perhaps of last week.
+function release(line, src, { heldAt, said }) {
+  deliver(line, JSON.stringify({ src, dst: "ws", method: "NotifyStatus", received: heldAt / 1000, params: said }));
 }
 
 // ---- Frames on their way. -------------------------------------------------------------------------------------------
@@ -170,23 +143,22 @@ function takeDevice(device, settings) {
     device,
     collector: null, // its socket, while it is open
     openedAt: 0, // when it opened
-    attempt: null, // the fetch under way, to give it up
-    known: new Map(), // channels, by device and key
-    kept: { frames: [], bytes: 0 }, // oldest first; empty while the collector is there
-    sent: { frames: [], bytes: 0 },
+    isOpening: false, // or waits for the next attempt,
+    notBefore: 0, // which may be made then
+    pause: SHORTEST_PAUSE, // from the next loss or failure to the attempt after it
     fetches: 0,
-    refusals: 0, // in a row
-    pause: SHORTEST_PAUSE, // before the attempt after the next
-    notBefore: 0, // when the next attempt may be
-    retryTimer: null,
     idleTimer: null,
-    isAway: false, // and that is in the log
+    frames: [], // oldest first: those that went out lately or, while there is no collector, those that wait for it
+    bytes: 0, // of these
+    channels: new Map(), // by device and key: { said: components by key, heldAt: when one did not pass, ranAt }
     ended: false,
   };
   accept(device);
-  device.addEventListener("message", ({ data }) => takeFrame(line, data));
-  device.addEventListener("close", () => end(line, 1000, ""));
-  device.addEventListener("error", () => end(line, 1011, ""));
+  device.addEventListener("message", ({ data }) => {
+    if (!line.ended && passes(line, data)) deliver(line, data);
+  });
+  device.addEventListener("close", () => end(line, 1000));
+  device.addEventListener("error", () => end(line, 1011));
 }
 
 // From compatibility date 2026-04-07 the runtime answers a close by itself, at once, and gives binary as a Blob, which
@@ -196,35 +168,25 @@ function accept(socket) {
   socket.binaryType = "arraybuffer";
 }
 
-function takeFrame(line, data) {
-  const now = Date.now(); // in a Worker this is when the message came: its clock stands still while it computes
-  if (!line.ended && (!line.settings.filters || passes(line, data, now))) deliver(line, data, now);
-}
-
-function deliver(line, data, receivedAt) {
-  const bytes = typeof data === "string" ? new TextEncoder().encode(data).length : data.byteLength;
-  const frame = { data, receivedAt, bytes, sentAt: 0 };
-  if (line.collector) return send(line, frame, data);
-  put(line.kept, frame);
+function deliver(line, data) {
+  const bytes = data.byteLength ?? new TextEncoder().encode(data).length;
+  const frame = { data, receivedAt: Date.now(), bytes, sentAt: Infinity }; // the clock stands still since it came
+  line.frames.push(frame);
+  line.bytes += bytes;
+  if (line.collector) send(line, frame, data);
+  dropOldest(line);
   openCollector(line);
 }
 
 function send(line, frame, data) {
   frame.sentAt = Date.now();
-  put(line.sent, frame);
-  const { frames } = line.sent;
-  while (frames.length && frames[0].sentAt < frame.sentAt - RESEND) line.sent.bytes -= frames.shift().bytes;
-  try {
-    line.collector.send(data);
-  } catch {
-    lose(line, line.collector); // it broke, and its event is still to come
-  }
+  line.collector.send(data); // to a broken connection, too: its event is still to come
 }
 
-function put(queue, frame) {
-  queue.bytes += frame.bytes;
-  queue.frames.push(frame);
-  while (queue.frames.length > MOST_KEPT || queue.bytes > MOST_KEPT_BYTES) queue.bytes -= queue.frames.shift().bytes;
+function dropOldest(line) {
+  const { frames } = line;
+  const isTooMuch = () => frames.length > MOST_KEPT || line.bytes > MOST_KEPT_BYTES;
+  while (isTooMuch() || frames[0]?.sentAt < Date.now() - RESEND) line.bytes -= frames.shift().bytes;
 }
 
 // Its text with the time that it came, for the collector to put it into that minute. The rest stays as it was written.
@@ -239,86 +201,74 @@ function late({ data, receivedAt }) {
 }
 
 // ---- The collector: it comes, goes and comes back. ------------------------------------------------------------------
-function openCollector(line) {
-  if (line.ended || line.collector || line.attempt || line.retryTimer) return;
-  const wait = line.notBefore - Date.now();
-  if (wait > 0) {
-    line.retryTimer = setTimeout(() => {
-      line.retryTimer = null;
-      openCollector(line);
-    }, wait);
-  } else if (line.fetches === MOST_FETCHES - 1) {
-    end(line, 1012, "this Worker has used up its requests: come back");
-  } else {
-    line.attempt = new AbortController();
-    connect(line, line.attempt);
+async function openCollector(line) {
+  if (line.ended || line.collector || line.isOpening) return;
+  line.isOpening = true;
+  let refusals = 0; // in a row
+  for (let attempts = 1; ; attempts += 1) {
+    const wait = line.notBefore - Date.now();
+    if (wait > 0) await new Promise((resolve) => setTimeout(resolve, wait));
+    if (line.ended) return;
+    if (line.fetches === MOST_FETCHES) return end(line, 1012, "this Worker has used up its requests: come back");
+    line.fetches += 1;
+    const { webSocket, status } = await ask(line.settings.url);
+    if (webSocket && attempts > 1) console.log(`the collector is back, ${line.frames.length} frames go out late`);
+    if (webSocket) return takeCollector(line, webSocket);
+    const refusal = refusalOf(line.settings, status);
+    if (attempts === 1) console.warn(`the collector is away, frames are kept: ${refusal || status}`);
+    refusals = refusal ? refusals + 1 : 0;
+    if (refusals === 3) return end(line, 1013, refusal);
+    waitLonger(line);
   }
 }
 
-async function connect(line, attempt) {
+// The collector's answer to the attempt to connect: a connection as `webSocket`, or the status of a refusal.
+async function ask(url) {
+  const attempt = new AbortController();
   const timer = setTimeout(() => attempt.abort(), ANSWER_TIMEOUT); // a silent host hangs
-  const request = { headers: { Upgrade: "websocket" }, redirect: "manual", signal: attempt.signal };
-  let response = null;
   try {
-    line.fetches += 1;
-    if (line.settings.url !== null) response = await fetch(line.settings.url, request);
-    if (!response.webSocket) await response.body?.cancel(); // a refusal is a status without a socket
-  } catch {} // its message may show the URL
-  clearTimeout(timer);
-  line.attempt = null;
-  const socket = response?.webSocket;
-  if (socket) accept(socket);
-  if (socket && line.ended) hangUp(socket, 1000, ""); // the device left meanwhile
-  else if (socket) takeCollector(line, socket);
-  else if (!line.ended) stayAway(line, response?.status);
+    const headers = { Upgrade: "websocket" };
+    const answer = await fetch(url, { headers, redirect: "manual", signal: attempt.signal });
+    await answer.body?.cancel();
+    return answer;
+  } catch {
+    return { status: "no answer" }; // and no message, which may show the URL
+  } finally {
+    clearTimeout(timer); // else it would end the connection, too
+  }
 }
 
 // Sleeping hosts answer 404, 502, 503, or not at all. Only a refusal is something that the owner should see.
-function stayAway(line, status) {
-  let refused = status === 401 || status === 403 ? `the collector refuses: status ${status}` : "";
-  if (line.settings.url === null) refused = "COLLECTOR_URL cannot be read: it must be like wss://host/ws?token=...";
-  line.refusals = refused ? line.refusals + 1 : 0;
-  if (!line.isAway) console.warn(`the collector is away, frames are kept: ${refused || (status ?? "no answer")}`);
-  line.isAway = true;
-  if (line.refusals === MOST_REFUSALS) return end(line, 1013, refused);
-  waitLonger(line);
-  openCollector(line);
+function refusalOf({ url }, status) {
+  if (url === null) return "COLLECTOR_URL cannot be read: it must be like wss://host/ws?token=...";
+  return status === 401 || status === 403 ? `the collector refuses: status ${status}` : "";
 }
 
 function takeCollector(line, socket) {
-  socket.addEventListener("message", ({ data }) => {
-    try {
-      line.device.send(data);
-    } catch {} // the device is going
-  });
+  accept(socket);
+  if (line.ended) return socket.close(1000); // the device left meanwhile
+  socket.addEventListener("message", ({ data }) => line.ended || line.device.send(data));
   socket.addEventListener("close", () => lose(line, socket));
   socket.addEventListener("error", () => lose(line, socket));
-  Object.assign(line, { collector: socket, openedAt: Date.now(), refusals: 0 });
-  if (line.isAway) console.log(`the collector is back, ${line.kept.frames.length} frames go out late`);
-  line.isAway = false;
+  Object.assign(line, { collector: socket, openedAt: Date.now(), isOpening: false });
   closeWhenIdle(line);
-  const { frames } = line.kept;
-  line.kept = { frames: [], bytes: 0 };
-  for (const frame of frames) {
-    if (line.collector === socket) send(line, frame, late(frame));
-    else put(line.kept, frame); // it broke at once
-  }
+  for (const frame of line.frames) send(line, frame, late(frame));
 }
 
 // The collector is gone. What went out in the last seconds may have been in no row yet, so it goes out once more; what
 // was in one already meets the table's rule.
-function lose(line, socket) {
-  hangUp(socket, 1000, "");
+function lose(line, socket, reason) {
+  socket.close(1000, reason);
   if (line.collector !== socket) return; // closed by us, or known already by its error
   line.collector = null;
   clearTimeout(line.idleTimer);
-  const now = Date.now();
-  if (now - line.openedAt >= LONGEST_PAUSE) line.pause = SHORTEST_PAUSE; // not earlier: it may drop at once, for ever
+  if (Date.now() - line.openedAt >= LONGEST_PAUSE) line.pause = SHORTEST_PAUSE; // else it may drop at once, for ever
   waitLonger(line);
-  for (const frame of line.sent.frames) if (frame.sentAt >= now - RESEND) put(line.kept, frame);
-  line.sent = { frames: [], bytes: 0 };
-  if (line.kept.frames.length) openCollector(line);
-  else renew(line);
+  dropOldest(line);
+  for (const frame of line.frames) frame.sentAt = Infinity;
+  if (line.frames.length) openCollector(line);
+  // Nothing is to be sent: if few fetches are left, the device comes back now and not in the midst of a run.
+  else if (line.fetches >= RENEW_AT) end(line, 1012, "this Worker has used up most of its requests: come back");
 }
 
 function waitLonger(line) {
@@ -331,32 +281,16 @@ function closeWhenIdle(line) {
   clearTimeout(line.idleTimer);
   if (line.settings.floor === null || line.collector === null) return;
   line.idleTimer = setTimeout(() => {
-    const socket = line.collector;
-    line.collector = null;
-    line.sent = { frames: [], bytes: 0 };
-    hangUp(socket, 1000, "nothing runs");
-    renew(line);
+    Object.assign(line, { frames: [], bytes: 0 });
+    lose(line, line.collector, "nothing runs");
   }, IDLE_CLOSE);
-}
-
-// Nothing is to be sent: if few fetches are left, the device comes back now and not in the midst of a run.
-function renew(line) {
-  if (line.fetches >= RENEW_AT) end(line, 1012, "this Worker has used up most of its requests: come back");
 }
 
 function end(line, code, reason) {
   if (line.ended) return;
   line.ended = true;
   if (reason) console.warn(`the device is closed with ${code}: ${reason}`);
-  clearTimeout(line.retryTimer);
   clearTimeout(line.idleTimer);
-  line.attempt?.abort(); // as the runtime does by itself where the device has gone
-  if (line.collector) hangUp(line.collector, 1000, "");
-  hangUp(line.device, code, reason);
-}
-
-function hangUp(socket, code, reason) {
-  try {
-    socket.close(code, reason);
-  } catch {} // it is closed already
+  line.collector?.close(1000);
+  line.device.close(code, reason);
 }
