@@ -44,7 +44,7 @@ BEGIN
         COMMENT ON TABLE  power_logs                 IS 'Readings of Shelly devices, one row per metered channel and interval; the first reading of an interval wins';
         COMMENT ON COLUMN power_logs.timestamp       IS 'Start of the interval, by the collector''s clock';
         COMMENT ON COLUMN power_logs.device_id       IS 'src of the device''s frames, e.g. shellypro4pm-a1b2c3d4e5f6';
-        COMMENT ON COLUMN power_logs.channel         IS 'Component key, e.g. switch:2';
+        COMMENT ON COLUMN power_logs.channel         IS 'Component key, e.g. switch:2; of a three-phase meter one for each phase, e.g. em:0:a';
         COMMENT ON COLUMN power_logs.apower_w        IS 'apower: active power, W; negative when power flows back';
         COMMENT ON COLUMN power_logs.voltage_v       IS 'voltage, V; 0 only where the device never reported it';
         COMMENT ON COLUMN power_logs.current_a       IS 'current, A; 0 also where the device never reported it';

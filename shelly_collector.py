@@ -7,7 +7,7 @@ device ── wss ──▶ handle_device ─▶ decode_frame ─▶ lay_over kn
 
 frame      one JSON text message of a device   {"src":"shellypro4pm-a1b2c3d4e5f6","method":"NotifyStatus",…}
 component  a part of a device, by its key      switch:2
-channel    a metered component of one device   shellypro4pm-a1b2c3d4e5f6 switch:2
+channel    a metered component of one device   shellypro4pm-a1b2c3d4e5f6 switch:2; of a three-phase one a phase, em:0:a
 reading    what a frame says of one channel    {"apower":433.8,"current":2.631}
 row        a reading with all four values, at the start of its interval
 outbox     rows on their way to the table: in memory while PostgreSQL answers, on disk while it does not
@@ -163,8 +163,6 @@ def one_line(exc: BaseException) -> str:
 # ---- Frames: from a text to what a device says. Nothing here waits or keeps. ----------------------------------------
 # No meter gives more, and an average over 1e200 W would fail. null: the meter has no value now; UNSET: not mentioned.
 Measured = Annotated[float, Meta(ge=-1e9, le=1e9)] | None | UnsetType
-
-
 Counted = Annotated[float, Meta(ge=-1e12, le=1e12)] | None | UnsetType
 
 
@@ -226,12 +224,12 @@ def decode_frame(text: str | bytes, now: float) -> tuple[Frame, dict[str, Raw], 
 class Row(NamedTuple):  # a line of power_logs, in the order of its columns
     time: float  # start of the interval
     device_id: str
-    channel: str  # component key
+    channel: str  # component key, of a phase with its letter
     apower_w: float
     voltage_v: float
     current_a: float
     energy_total_wh: float
-    energy_returned_wh: float | None = None  # the device says nothing of it
+    energy_returned_wh: float | None = None  # where the device says nothing of it
 
 
 @dataclass(slots=True)
@@ -308,7 +306,7 @@ def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes
     if not components:
         return ""
     src = frame.src
-    if src != link.name and src not in link.devices:
+    if src not in link.devices:
         admit_device(link, src)
     if frame.method is None and bytes(frame.id) == b"3":  # that of GET_CONFIG
         return note_names(collector, src, components)
@@ -936,9 +934,8 @@ async def answer_owner(collector: Collector, connection: ServerConnection, path:
         page, nonce = Path(__file__).with_name("dashboard.html").read_text(encoding="utf-8"), os.urandom(16).hex()
         policy = f"""default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; \
 img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"""
-        page = page.replace("<style>", f'<style nonce="{nonce}">', 1).replace(
-            "<script>", f'<script nonce="{nonce}">', 1
-        )
+        for tag in ("style", "script"):
+            page = page.replace(f"<{tag}>", f'<{tag} nonce="{nonce}">', 1)
         page = page.replace(">null<", ">" + in_force.replace("<", r"\u003c") + "<", 1)
         headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
         return put(connection.respond(200, ""), page, headers)

@@ -71,7 +71,6 @@ def free_port() -> int:
             port = 10_000 + (os.getpid() * 97 + number) % 20_000
             probe.bind(("127.0.0.1", port))
             return port
-    raise AssertionError
 
 
 class Running:

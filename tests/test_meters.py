@@ -22,6 +22,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_answers import COUNTERS, near
 from test_database import ORIGINAL_TABLE
+from test_outbox import drain, fill
 from test_session import listening
 
 NOON = 1_795_435_200.0  # a full minute
@@ -514,22 +515,11 @@ def old_spool(folder):
 def outbox_of(folder, rows=()):
     outbox = sc.Outbox(folder)
     outbox.claim()
-    for row in rows:
-        outbox.append(row)
     try:
-        yield outbox
+        yield fill(outbox, rows)
     finally:
         if outbox.file:
             outbox.file.close()
-
-
-def drain(outbox, limit=7):
-    rows = []
-    while outbox:
-        batch = outbox.oldest(limit)
-        rows += batch[0]
-        outbox.remove(*batch)
-    return rows
 
 
 def as_new(rows):
@@ -548,10 +538,8 @@ def test_an_old_spool_without_returned_energy_is_delivered_and_goes_on_being_use
         outbox.save()
         assert outbox.saved == 30 and not outbox.memory
     with outbox_of(tmp_path / "data", NEW_ROWS[10:]) as outbox:  # the next start
-        assert drain(outbox) == as_new(OLD_ROWS) + NEW_ROWS
-        for row in NEW_ROWS:
-            outbox.append(row)
-        outbox.save()
+        assert drain(outbox, 7) == as_new(OLD_ROWS) + NEW_ROWS
+        fill(outbox, NEW_ROWS).save()
         assert outbox.saved == 20 and drain(outbox) == NEW_ROWS
     assert not caplog.messages and not list((tmp_path / "data").glob("*.damaged-*"))
 
