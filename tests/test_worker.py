@@ -412,6 +412,21 @@ async def test_a_run_takes_along_what_its_channel_said_while_it_did_not_pass(wor
     assert counter["params"] == {"em1data:0": {"total_act_energy": 7.5}}
 
 
+async def test_what_has_passed_does_not_go_along_later_as_if_it_were_new(workers, host):
+    worker = await workers(host.url, MIN_POWER_W="10")
+    whole = notify(minute_frame(apower=0, current=0, voltage=212.0)["params"], method="NotifyFullStatus")
+    minutes = [delta(switch_0={"aenergy": {"total": 100.0 + n}}) for n in range(1, 6)]  # firmware before 1.5
+    async with worker.device() as link:
+        frames = [whole, *minutes, delta(switch_0={"apower": 500.0})]
+        await sent_to(link, *(at(60 * n, frame) for n, frame in enumerate(frames)), MARK)
+        await host.has(4)
+    first, told, run, _ = host.frames()
+    assert (first["received"], told["received"], run["received"]) == (NOON, NOON + 300, NOON + 360)
+    assert told["params"] == {
+        "switch:0": {"apower": 0, "aenergy": {"total": 105.0}}
+    }  # the collector asks for a voltage
+
+
 # ---- Lazy, and patient. ---------------------------------------------------------------------------------------------
 async def test_the_connection_opens_with_the_first_frame_that_passes(workers, host):
     worker = await workers(host.url, MIN_POWER_W="10")

@@ -111,7 +111,8 @@ function layOver(line, { src, received }, components, whole) {
   for (const [channel, key, laid] of found) {
     if (passing && !whole && channel.heldAt !== null) release(line, src, channel);
     channel.heldAt = passing ? null : at;
-    channel.said[key] = JSON.stringify(laid).length < MOST_SAID ? laid : {};
+    const kept = Object.entries(laid).filter(([field]) => !passing || POWER.test(field)); // the rest has passed
+    channel.said[key] = JSON.stringify(kept).length < MOST_SAID ? Object.fromEntries(kept) : {};
   }
   return passing;
 }
