@@ -24,9 +24,13 @@ IF to_regclass('power_logs') IS NULL THEN CREATE TABLE power_logs (
     energy_returned_wh FLOAT
 ); END IF;
 
--- Tables from before this column: no row is rewritten, and theirs is NULL.
-IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'power_logs'::regclass AND attname = 'energy_returned_wh')
-THEN ALTER TABLE power_logs ADD COLUMN energy_returned_wh FLOAT; END IF;
+-- Tables from before this column: no row is rewritten, and theirs is NULL. Whoever only reads in an open transaction stops
+-- this, and while it waits it stops all others: so not for long, and the next start tries again.
+IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'power_logs'::regclass AND attname = 'energy_returned_wh') THEN
+    SET LOCAL lock_timeout = '5s';
+    ALTER TABLE power_logs ADD COLUMN energy_returned_wh FLOAT;
+    SET LOCAL lock_timeout TO DEFAULT;
+END IF;
 
 IF to_regclass('channel_names') IS NULL THEN CREATE TABLE channel_names (
     device_id   VARCHAR(100) NOT NULL,

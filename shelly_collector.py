@@ -620,7 +620,7 @@ async def wait_out(collector: Collector, exc: Exception) -> None:
     elif isinstance(exc, psycopg.errors.InvalidColumnReference | psycopg.errors.ObjectNotInPrerequisiteState):
         collector.insert, lacks = insert.partition(" ON CONFLICT")[0], "the rule that keeps doubles out"
     if collector.insert != insert:
-        return log.warning("power_logs lacks %s of schema.sql: apply that file by hand", lacks)
+        return log.warning("power_logs lacks %s of schema.sql: apply that file by hand, and restart", lacks)
     before, pool, collector.pool = collector.failures, collector.pool, None
     collector.failures += 2 if isinstance(exc, TimeoutError) else 1
     collector.down_since = collector.down_since if before else time.time()
