@@ -508,9 +508,7 @@ class Outbox:
             PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;  -- one fsync per save; a torn write loses only itself
             PRAGMA user_version = 1;          -- a real write: a full disk shows now, not in the outage
             CREATE TABLE IF NOT EXISTS rows (id INTEGER PRIMARY KEY, {", ".join(Row._fields)})""")
-            if "energy_returned_wh" not in str(
-                [*file.execute("PRAGMA table_info(rows)")]
-            ):  # an earlier version made it
+            if "energy_returned_wh" not in str([*file.execute("PRAGMA table_info(rows)")]):  # as before version 4
                 file.execute("ALTER TABLE rows ADD COLUMN energy_returned_wh")
             # The last column is only there to look into every row for damage.
             self.saved, last, _ = file.execute("SELECT count(*), max(id), max(energy_returned_wh) FROM rows").fetchone()
@@ -868,7 +866,7 @@ async def answer_request(collector: Collector, connection: ServerConnection, req
         return None
     if "websocket" in upgrade:
         who = str((connection.remote_address or "?")[0])
-        complain(collector, who, "%s refused: %s", who, response.body.decode().strip())
+        complain(collector, f"{who} refused", "%s refused: %s", who, response.body.decode().strip())
     response.body = b"" if request.method == "HEAD" else response.body
     return response
 

@@ -179,6 +179,9 @@ async def test_only_the_right_token_opens_the_door(collectors, database, token):
 @pytest.mark.parametrize("path", ["/", "/ws/", "/WS", "/health", "/nothing?token=secret"])
 async def test_a_device_with_a_wrong_path_is_refused_with_a_line_that_says_the_right_one(collectors, database, path):
     running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as peer:
+        await peer.send("garbage of another one behind the same proxy")
+        await wait_for(lambda: "127.0.0.1: frame passed over" in running.log)
     with pytest.raises(InvalidStatus) as caught:
         async with connect(running.url.removesuffix("/ws") + path):
             pass
