@@ -5,6 +5,7 @@ import contextlib
 import http
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -36,7 +37,8 @@ class Worker:
         options = json.dumps({"bindings": bindings, "constants": constants})
         with self.log_path.open("wb") as log:
             command = ["node", str(ROOT / "tests/worker_runtime.mjs"), options]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+            env = os.environ | {"TMPDIR": str(folder)}  # where the runtime leaves folders of its own
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env)
 
     @property
     def log(self):
