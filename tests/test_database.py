@@ -277,7 +277,8 @@ async def test_a_server_that_is_slow_with_many_rows_gets_fewer_at_a_time(writer,
     )
     monkeypatch.setattr(sc, "ANSWER_TIMEOUT", 0.5)
     monkeypatch.setattr(sc, "PATIENT_TIMEOUT", 1.0)
-    assert await writer([row(n) for n in range(400)]) == 400  # in one piece they take 4 s
+    await writer([row(n) for n in range(400)])  # in one piece they take 4 s
+    assert len(read_rows(database)) == 400  # of which it counts none whose answer came too late
 
 
 async def test_a_trigger_that_refuses_is_a_reason_too(writer, database, caplog):
