@@ -44,8 +44,10 @@ class Steady:
         goal = self.sent + times
         await wait_for(lambda: self.sent >= goal, 60)
 
-    def stop(self):
+    async def stop(self):
+        """Close its connection; what the end of a test cuts off in the midst of that stays open."""
         self.task.cancel()
+        await asyncio.wait({self.task})
 
 
 def gaps(url, name="steady"):
@@ -101,7 +103,7 @@ async def test_every_interval_has_its_row_after_an_outage(collectors, own_postgr
     await settle(running, own_postgres.url)
     assert time.monotonic() - back < 10
     await steady.report(6)
-    steady.stop()
+    await steady.stop()
     await settle(running, own_postgres.url)
     assert gaps(own_postgres.url) == []
     assert [line.split()[1] for line in outage_lines(running)] == ["ERROR", "WARNING"]
@@ -134,7 +136,7 @@ async def test_kill_9_in_an_outage_leaves_all_but_the_last_second_on_disk(collec
     running.process.kill()
     killed = time.time()
     await asyncio.to_thread(running.process.wait)
-    steady.stop()
+    await steady.stop()
     await (await running.again()).ready("unreachable since")
     await wait_for(lambda: "rows of an earlier outage" in running.log)
     await come_back(own_postgres, how)
@@ -156,7 +158,7 @@ async def test_a_black_hole_that_swallows_its_connections_for_good(collectors, o
         back = time.monotonic()
         await settle(running, url)
         assert time.monotonic() - back < 10
-        steady.stop()
+        await steady.stop()
         await settle(running, url)
         assert gaps(own_postgres.url) == [] and len(outage_lines(running)) == 2
 
@@ -191,14 +193,14 @@ async def test_a_locked_table_keeps_one_backend_waiting_and_no_row_is_lost(colle
         for _ in range(100):  # across the next attempts
             assert look.execute(waiting).fetchone()[0] <= 1
             await asyncio.sleep(0.05)
-        steady.stop()
+        await steady.stop()
         status, took = await running.stop()
         assert status == 0 and took < 3
         await wait_for(lambda: look.execute(waiting).fetchone() == (0,))
         await running.again()
         await running.ready("connected")
         owner.rollback()
-    steady.stop()
+    await steady.stop()
     await settle(running, database)
     assert gaps(database) == []
 
@@ -312,7 +314,7 @@ async def test_rows_of_the_replay_come_oldest_first(collectors, own_postgres):
     await steady.report(10)
     await asyncio.to_thread(own_postgres.start)
     await steady.report(4)
-    steady.stop()
+    await steady.stop()
     await settle(running, own_postgres.url)
     written = [when for (when,) in read_rows(own_postgres.url, "timestamp", "id")]
     assert written == sorted(written)
@@ -368,7 +370,7 @@ async def test_a_full_disk_warns_at_the_start_and_rows_wait_in_memory(collectors
     await steady.report(8)
     await asyncio.to_thread(own_postgres.start)
     await settle(running, own_postgres.url)
-    steady.stop()
+    await steady.stop()
     assert gaps(own_postgres.url) == [] and len(read_rows(own_postgres.url)) >= 4
 
 
