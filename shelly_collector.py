@@ -982,16 +982,18 @@ async def check_database(collector: Collector) -> None:
     url, folder = collector.settings.database_url, Path(collector.settings.data_dir, "postgres").absolute()
     if not url and not (folder / "PG_VERSION").exists():
         return print("\nThere is no database yet: the collector makes it when it starts.")
-    if not url:
-        url = server_conninfo(folder)
-        try:
-            await (await psycopg.AsyncConnection.connect(url, **CONNECTION)).close()
-        except psycopg.OperationalError:
-            with contextlib.suppress(sqlite3.OperationalError):  # a collector has the folder, and starts its server
-                if collector.outbox.path.exists():  # else making it could give it to another user than the collector's
-                    collector.outbox.claim()
-                await start_postgres(collector, folder, server_user(folder))
-    async with await psycopg.AsyncConnection.connect(url, **CONNECTION) as conn:
+    connect = partial(psycopg.AsyncConnection.connect, url or server_conninfo(folder), **CONNECTION)
+    try:
+        conn = await connect()
+    except psycopg.OperationalError:
+        if url:
+            raise
+        with contextlib.suppress(sqlite3.OperationalError):  # a collector has the folder, and starts its server
+            if collector.outbox.path.exists():  # else making it could give it to another user than the collector's
+                collector.outbox.claim()
+            await start_postgres(collector, folder, server_user(folder))
+        conn = await connect()
+    async with conn:
         print(f"\nThe database answers: PostgreSQL {conn.info.server_version // 10000}")
         if await (await conn.execute("SELECT to_regclass('power_logs')")).fetchone() == (None,):
             return print("There is no table yet: the collector makes it when it starts.")
