@@ -25,9 +25,9 @@ IF to_regclass('power_logs') IS NULL THEN CREATE TABLE power_logs (
 ); END IF;
 
 -- Tables from before this column: no row is rewritten, and theirs is NULL. Whoever only reads in an open transaction stops
--- this, and while it waits it stops all others: so not for long, and the next start tries again.
+-- this, and while it waits it stops all others: so for less than a collector's patience, and the next start tries again.
 IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'power_logs'::regclass AND attname = 'energy_returned_wh') THEN
-    SET LOCAL lock_timeout = '5s';
+    SET LOCAL lock_timeout = '3s';
     ALTER TABLE power_logs ADD COLUMN energy_returned_wh FLOAT;
     SET LOCAL lock_timeout TO DEFAULT;
 END IF;
