@@ -424,9 +424,7 @@ async def test_what_has_passed_does_not_go_along_later_as_if_it_were_new(workers
         await host.has(4)
     first, told, run, _ = host.frames()
     assert (first["received"], told["received"], run["received"]) == (NOON, NOON + 300, NOON + 360)
-    assert told["params"] == {
-        "switch:0": {"apower": 0, "aenergy": {"total": 105.0}}
-    }  # the collector asks for a voltage
+    assert told["params"] == {"switch:0": {"apower": 0, "aenergy": {"total": 105.0}}}  # a voltage is asked for
 
 
 # ---- Lazy, and patient. ---------------------------------------------------------------------------------------------
