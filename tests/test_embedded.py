@@ -20,13 +20,13 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has to run it 
 
 
 def servers(folder):
-    """The PostgreSQL servers that work in a folder."""
-    found = []
+    """The PostgreSQL servers that work in a folder; what one has just forked looks like it until it gets its title."""
+    found = {}
     for process in psutil.process_iter(["name", "cmdline", "ppid"]):
         command = process.info["cmdline"] or []
         if process.info["name"] == "postgres" and str(folder / "data" / "postgres") in command:
-            found.append(process)
-    return found
+            found[process.pid] = process
+    return [process for process in found.values() if process.info["ppid"] not in found]
 
 
 def url(running):
