@@ -427,7 +427,7 @@ def number_text(value: float) -> str:
 
 
 def show(head: list[str], report: list[list[str]]) -> None:
-    """A table that can be pasted into the README."""
+    """A table that can be pasted into docs/measured.md."""
     say("")
     print("\r| " + " | ".join(head) + " |\n|---|" + "---:|" * (len(head) - 1))
     for line in report:

@@ -7,7 +7,7 @@
 
 It asks for subprotocol json-rpc and needs no answer, sends its whole status right after connecting, answers requests,
 then sends one frame per channel at each full minute, deltas when a load changes, and what switching off and on brings.
-After a drop it comes back. `--filter` puts the Cloudflare Worker of the README in between: only frames with a channel
+After a drop it comes back. `--filter` puts the Cloudflare Worker of docs/filter.md in between: only frames with a channel
 above 10 W pass, and the connection opens with the first of them.
 
 `--model pro3em` is a three-phase meter: its powers come every few seconds (em:0), its counters at each full minute

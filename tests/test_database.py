@@ -364,7 +364,7 @@ async def test_a_missing_partition_makes_the_rows_wait(collectors, database):
 
 
 async def test_a_table_of_monthly_parts_is_left_whole_by_the_schema_and_keeps_doubles_out(writer, database):
-    # As README's "When it grows" makes it, without pg_partman.
+    # As docs/growing.md makes it, without pg_partman.
     await prepare(database)
     execute(
         database,
