@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import shelly_collector as sc  # noqa: E402
-from conftest import Postgres  # noqa: E402
+from support import Postgres  # noqa: E402
 
 PORT = 5733
 BARE = f"""

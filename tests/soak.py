@@ -25,7 +25,7 @@ from websockets.exceptions import WebSocketException
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import Postgres, Running, device, minute_frame, wait_for  # noqa: E402
+from support import Postgres, Running, device, minute_frame, wait_for  # noqa: E402
 
 FAULTS = "kill collector, stop collector, crash database, kill server, hang database, lock table, both".split(", ")
 EARLY = 1 / 240  # a frame that comes this early means the second that begins

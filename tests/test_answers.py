@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 
 import psycopg
 import pytest
-from conftest import NUMBERS, ROOT
+from support import NUMBERS, ROOT, execute
 
 NOON = datetime(2026, 11, 3, 12, tzinfo=UTC)
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
@@ -548,3 +548,71 @@ def test_who_may_only_read_the_two_tables_may_ask(table):
     table.conn.execute(f"GRANT SELECT ON power_logs, channel_names TO {role}")
     table.conn.execute(f"SET LOCAL ROLE {role}")
     assert {question: len(table.ask(question)) for question in QUESTIONS} == dict.fromkeys(QUESTIONS, 1)
+
+
+# ---- What was given back on each day.
+
+WINDOW = "since => '2026-11-02', until => '2026-11-20', zone => 'UTC'"
+
+
+@pytest.fixture
+def meter(database):
+    """A prepared database; puts rows with these counters (drawn, returned), a minute apart, None for a lost row."""
+    execute(database, (ROOT / "schema.sql").read_bytes())
+    insert = (
+        "INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v,"
+        " current_a, energy_total_wh, energy_returned_wh)"
+        " VALUES (%s, %s, 'em:0:a', 1, 230, 1, %s, %s)"
+    )
+
+    def put(counters, device_id="a", every_s=60):
+        values = []
+        for n, counter in enumerate(counters):
+            if counter is not None:
+                values.append((NOON + timedelta(seconds=every_s * n), device_id, *counter))
+        with psycopg.connect(database, autocommit=True) as conn, conn.cursor() as cursor:
+            cursor.executemany(insert, values)
+
+    def energy_by_day(columns, window=WINDOW):
+        with psycopg.connect(database) as conn:
+            return conn.execute(f"SELECT {columns} FROM energy_by_day({window}) ORDER BY 1, 2").fetchall()
+
+    put.energy_by_day = energy_by_day
+    return put
+
+
+def test_energy_by_day_tells_what_was_given_back_in_its_last_column(database, meter):
+    meter([(1000 + n, 50 + 2 * n) for n in range(10)])
+    with psycopg.connect(database) as conn:
+        cursor = conn.execute(f"SELECT * FROM energy_by_day({WINDOW})")
+        assert [column.name for column in cursor.description] == [
+            "device_id", "channel", "day", "energy_wh", "rows", "energy_returned_wh"
+        ]  # fmt: skip
+        assert cursor.fetchall() == [("a", "em:0:a", NOON.date(), 9.0, 10, 18.0)]
+
+
+def test_a_device_that_says_nothing_of_it_has_null_and_one_that_gives_nothing_back_has_0(meter):
+    meter([(1000 + n, None) for n in range(5)], "silent")
+    meter([(1000 + n, 7.0) for n in range(5)], "none")
+    meter([(1000 + n, None) for n in range(5)] + [(1005 + n, 10.0 * n) for n in range(5)], "new firmware")
+    found = dict(meter.energy_by_day("device_id, energy_returned_wh"))
+    assert found == {"silent": None, "none": 0.0, "new firmware": 40.0}
+    assert dict(meter.energy_by_day("device_id, energy_wh")) == {"silent": 4.0, "none": 4.0, "new firmware": 9.0}
+
+
+@pytest.mark.parametrize(("counter", "wh", "resets"), COUNTERS)
+def test_a_returned_counter_that_falls_or_jumps_is_worth_what_the_drawn_one_would_be(meter, counter, wh, resets):
+    meter([value if value is None else (5.0, value) for value in counter])
+    assert meter.energy_by_day("energy_wh, energy_returned_wh") == near([(0, wh)])
+
+
+def test_returned_energy_is_given_to_the_same_days_by_the_same_rules(meter):
+    rnd, counters, wh = random.Random(1), [], 5000.0
+    for _ in range(3000):
+        wh = rnd.choice([0.0, wh * 0.95, wh + 1e6]) if rnd.random() < 0.01 else wh + rnd.uniform(0, 900)
+        counters.append(None if rnd.random() < 0.05 else (wh, wh))
+    meter(counters, every_s=300)
+    two_days = WINDOW.replace("11-02", "11-05").replace("11-20", "11-07")
+    for window in (WINDOW, WINDOW.replace("UTC", "Asia/Kathmandu"), two_days):
+        found = meter.energy_by_day("day, energy_wh, energy_returned_wh", window)
+        assert len(found) >= 2 and all(drawn > 0 and returned == drawn for _, drawn, returned in found)

@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo
 import psycopg
 import pytest
 import pytest_asyncio
-from conftest import ROOT, device, execute, minute_frame, read_rows, wait_for, wait_for_rows
+from support import ROOT, device, execute, minute_frame, read_rows, wait_for, wait_for_rows
 
 api = pytest.importorskip("playwright.async_api", reason="no Playwright: pip install -r tests/requirements.txt")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -4,17 +4,23 @@ import asyncio
 
 import psycopg
 import pytest
-import shelly_collector as sc
-from conftest import DEVICE, ROOT, VALUES, device, execute, minute_frame, read_rows, settings, wait_for, wait_for_rows
-from test_settings import run
+from shelly_collector import SCHEMA_VERSION, open_database, write_batches, write_rows
+from support import (
+    DEVICE,
+    ORIGINAL_TABLE,
+    ROOT,
+    VALUES,
+    Row,
+    device,
+    execute,
+    minute_frame,
+    new_collector,
+    read_rows,
+    run_script,
+    wait_for,
+    wait_for_rows,
+)
 
-ORIGINAL_TABLE = """
-CREATE TABLE power_logs (id SERIAL PRIMARY KEY, timestamp TIMESTAMPTZ NOT NULL, device_id VARCHAR(100) NOT NULL,
- channel VARCHAR(20) NOT NULL, apower_w FLOAT NOT NULL, voltage_v FLOAT NOT NULL, current_a FLOAT NOT NULL,
- energy_total_wh FLOAT NOT NULL, created_at TIMESTAMPTZ DEFAULT NOW());
-CREATE INDEX idx_power_logs_timestamp ON power_logs(timestamp);
-CREATE INDEX idx_power_logs_device_channel ON power_logs(device_id, channel);
-"""
 OLD_ROW = "INSERT INTO power_logs VALUES (DEFAULT, '2020-01-01', 'old', 'switch:0', 1, 2, 3, 4)"
 MANY_ROWS = (
     "INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)"
@@ -31,18 +37,18 @@ def indexes(database):
 
 
 def row(n=0, device_id=DEVICE, apower=1.0):
-    return sc.Row(NOON + 60 * n, device_id, "switch:0", apower, 230.0, 0.5, 9.0)
+    return Row(NOON + 60 * n, device_id, "switch:0", apower, 230.0, 0.5, 9.0)
 
 
 async def prepare(database):
-    pool = await sc.open_database(sc.make_collector(settings(DATABASE_URL=database)))
+    pool = await open_database(new_collector(DATABASE_URL=database))
     await pool.close()
 
 
 @pytest.fixture
 async def writer(database):
     """Writes rows as the collector does, once the table is prepared; awaits until none waits."""
-    collector = sc.make_collector(settings(DATABASE_URL=database))
+    collector = new_collector(DATABASE_URL=database)
     task = None
 
     async def write(rows):
@@ -50,7 +56,7 @@ async def writer(database):
         before = collector.rows_written
         for one in rows:
             collector.outbox.append(one)
-        task = task or asyncio.create_task(sc.write_batches(collector))
+        task = task or asyncio.create_task(write_batches(collector))
         await wait_for(lambda: not collector.outbox or task.done(), 30)
         return collector.rows_written - before
 
@@ -130,7 +136,7 @@ async def test_a_role_that_may_only_insert_and_select_is_enough(collectors, data
         await peer.send(minute_frame())
         await wait_for_rows(database, 1)
     assert running.log.count("is used as it is") == (0 if whole_schema else 1)
-    _, out, err = await run(running.folder, "--check", **running.env)
+    _, out, err = await run_script(running.folder, "--check", **running.env)
     assert "holds 1 rows" in out and "Traceback" not in err
     execute(database, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
 
@@ -141,13 +147,13 @@ async def test_a_newer_schema_reaches_an_existing_database_and_an_older_one_is_l
             return conn.execute("SELECT power_logs_version()").fetchone()[0]
 
     await prepare(database)
-    assert version() == sc.SCHEMA_VERSION
+    assert version() == SCHEMA_VERSION
     execute(database, "DROP FUNCTION newest_rows")
     execute(
         database, "CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 1'"
     )
     running = await collectors(DATABASE_URL=database).ready()
-    assert version() == sc.SCHEMA_VERSION
+    assert version() == SCHEMA_VERSION
     await running.stop()
     execute(
         database, "CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 99'"
@@ -224,7 +230,7 @@ async def test_the_first_reading_of_an_interval_wins(writer, database, caplog):
 
 async def test_numbers_and_texts_arrive_to_the_last_bit(writer, database):
     values = (0.1 + 0.2, -1.7976931348623157e308, 5e-324, 2.0**53 + 2)
-    await writer([sc.Row(NOON, 'a"b\\c,{}', "switch:0", *values), sc.Row(NOON, "NULL", "switch:0", *values)])
+    await writer([Row(NOON, 'a"b\\c,{}', "switch:0", *values), Row(NOON, "NULL", "switch:0", *values)])
     assert read_rows(database, VALUES) == [("NULL", "switch:0", *values), ('a"b\\c,{}', "switch:0", *values)]
 
 
@@ -267,7 +273,7 @@ async def test_a_double_that_only_the_table_knows_of_is_dropped_alone(writer, da
     assert await writer([row(0), row(1), row(2)]) == 2 and writer.collector.outbox.dropped == 1
 
 
-async def test_a_server_that_is_slow_with_many_rows_gets_fewer_at_a_time(writer, database, monkeypatch):
+async def test_a_server_that_is_slow_with_many_rows_gets_fewer_at_a_time(writer, database, replace):
     await prepare(database)
     execute(
         database,
@@ -275,8 +281,8 @@ async def test_a_server_that_is_slow_with_many_rows_gets_fewer_at_a_time(writer,
         " $$ BEGIN PERFORM pg_sleep(0.01); RETURN NEW; END $$",
         "CREATE TRIGGER slow BEFORE INSERT ON power_logs FOR EACH ROW EXECUTE FUNCTION slow()",
     )
-    monkeypatch.setattr(sc, "ANSWER_TIMEOUT", 0.5)
-    monkeypatch.setattr(sc, "PATIENT_TIMEOUT", 1.0)
+    replace(ANSWER_TIMEOUT=0.5)
+    replace(PATIENT_TIMEOUT=1.0)
     await writer([row(n) for n in range(400)])  # in one piece they take 4 s
     assert len(read_rows(database)) == 400  # of which it counts none whose answer came too late
 
@@ -536,8 +542,8 @@ async def test_an_idle_writer_sleeps(writer):
 
 
 @pytest.mark.parametrize(("rows", "nth", "batch", "most"), [(100, 100, 10, 30), (320, 2, 1000, 400)])
-async def test_refused_rows_cost_few_statements(writer, database, monkeypatch, rows, nth, batch, most):
-    real, calls = sc.write_rows, []
+async def test_refused_rows_cost_few_statements(writer, database, replace, rows, nth, batch, most):
+    real, calls = write_rows, []
 
     async def counted(collector, pool, rows):
         calls.append(len(rows))
@@ -545,8 +551,8 @@ async def test_refused_rows_cost_few_statements(writer, database, monkeypatch, r
 
     await prepare(database)
     execute(database, "ALTER TABLE power_logs ADD CONSTRAINT my_rule CHECK (apower_w <> 666)")
-    monkeypatch.setattr(sc, "write_rows", counted)
-    monkeypatch.setattr(sc, "BATCH", batch)
+    replace(write_rows=counted)
+    replace(BATCH=batch)
     sent = [row(n, apower=666.0 if n % nth == 1 else 1.0) for n in range(rows)]
     assert await writer(sent) == sum(one.apower_w == 1 for one in sent)
     assert max(calls) <= batch and len(calls) < most  # it narrows, and widens again
@@ -580,16 +586,16 @@ async def test_a_connection_that_drops_while_the_index_is_built_is_an_outage_and
     assert "is used as it is" not in running.log
 
 
-async def test_a_look_that_fails_is_an_outage_and_no_bug(database, monkeypatch):
-    monkeypatch.setattr(sc, "LOOK_AT_SCHEMA", "SELECT 1 / 0, %s::int")
+async def test_a_look_that_fails_is_an_outage_and_no_bug(database, replace):
+    replace(LOOK_AT_SCHEMA="SELECT 1 / 0, %s::int")
     with pytest.raises(psycopg.errors.DivisionByZero):
         await prepare(database)
 
 
-async def test_a_database_that_freezes_right_after_the_connection_is_an_outage(database, monkeypatch):
-    monkeypatch.setattr(sc, "ANSWER_TIMEOUT", 0.2)
-    monkeypatch.setattr(sc, "LOOK_AT_SCHEMA", "SELECT pg_sleep(60), %s::int")
-    opening = asyncio.create_task(sc.open_database(sc.make_collector(settings(DATABASE_URL=database))))
+async def test_a_database_that_freezes_right_after_the_connection_is_an_outage(database, replace):
+    replace(ANSWER_TIMEOUT=0.2)
+    replace(LOOK_AT_SCHEMA="SELECT pg_sleep(60), %s::int")
+    opening = asyncio.create_task(open_database(new_collector(DATABASE_URL=database)))
     await asyncio.wait({opening}, timeout=5)
     assert opening.done() and isinstance(opening.exception(), TimeoutError)
 

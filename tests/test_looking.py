@@ -19,7 +19,8 @@ from pathlib import Path
 import psycopg
 import pytest
 import shelly_collector as sc
-from conftest import (
+from prometheus_client.parser import text_string_to_metric_families
+from support import (
     DEVICE,
     ROOT,
     device,
@@ -32,7 +33,6 @@ from conftest import (
     wait_for,
     wait_for_rows,
 )
-from prometheus_client.parser import text_string_to_metric_families
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 ROWS = """INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)
@@ -533,3 +533,21 @@ async def test_a_day_of_a_simulated_house_becomes_rows_within_seconds(collectors
     assert runs.keys() == {"switch:1", "switch:2"} and min(runs.values()) > 5
     assert kwh == pytest.approx(drawn_kwh, rel=0.001)
     assert "passed over" not in running.log
+
+
+async def test_the_returned_energy_is_in_json_and_csv_and_where_none_is_told_it_is_empty(collectors, database):
+    running = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look").ready()
+    execute(
+        database,
+        "INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a,"
+        " energy_total_wh, energy_returned_wh)"
+        " SELECT '2026-11-03 12:00Z'::timestamptz + n * INTERVAL '1 minute', d, 'em:0:a', 1, 230, 1,"
+        " 1000 + n, CASE d WHEN 'gives' THEN 50 + 2 * n END"
+        " FROM generate_series(0, 2) n, unnest('{gives,silent}'::text[]) d",
+    )
+    parameters = "token=look&since=2026-11-02&until=2026-11-20&zone=UTC"
+    status, text = running.get(f"/data/energy.json?{parameters}")
+    assert status == 200 and [one["energy_returned_wh"] for one in json.loads(text)] == [4, None]
+    head, gives, silent = running.get(f"/data/energy.csv?{parameters}")[1].split()
+    assert head == "device_id,channel,day,energy_wh,rows,energy_returned_wh"
+    assert gives == '"gives","em:0:a",2026-11-03,2,3,4' and silent == '"silent","em:0:a",2026-11-03,2,3,'

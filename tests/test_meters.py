@@ -9,21 +9,32 @@ import sqlite3
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 import psycopg
 import pytest
-import shelly_collector as sc
 import simulated_device as sim
-from conftest import ROOT, device, execute, expire, feed, minute_frame, notify, read_rows, taken, wait_for
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_answers import COUNTERS, near
-from test_database import ORIGINAL_TABLE
-from test_outbox import drain, fill
-from test_session import listening
+from shelly_collector import GET_CONFIG, SCHEMA_VERSION, Outbox
+from support import (
+    ORIGINAL_TABLE,
+    ROOT,
+    Row,
+    device,
+    drain,
+    execute,
+    expire,
+    feed,
+    fill,
+    listening,
+    minute_frame,
+    notify,
+    read_rows,
+    taken,
+    wait_for,
+)
 
 NOON = 1_795_435_200.0  # a full minute
 METER = "shellypro3em-a1b2c3d4e5f6"
@@ -82,7 +93,7 @@ async def test_a_three_phase_meter_makes_a_row_for_each_of_its_phases(make, meth
     collector = make()
     feed(collector, notify({"em:0": EM, "emdata:0": EMDATA}, METER, method), NOON + 0.21)
     found = taken(collector)
-    assert found == [sc.Row(NOON, METER, *values) for values in PHASES]
+    assert found == [Row(NOON, METER, *values) for values in PHASES]
     assert all(type(value) is float for row in found for value in row[3:])
 
 
@@ -90,7 +101,7 @@ async def test_the_answer_to_get_status_makes_them_too(make):
     collector = make()
     result = {"em:0": EM | {"user_calibrated_phase": []}, "emdata:0": EMDATA, "sys": {"unixtime": 1}}
     feed(collector, {"id": 2, "src": METER, "dst": "collector", "result": result}, NOON)
-    assert taken(collector) == [sc.Row(NOON, METER, *values) for values in PHASES]
+    assert taken(collector) == [Row(NOON, METER, *values) for values in PHASES]
 
 
 async def test_a_clamp_makes_a_row_under_the_number_in_its_key(make):
@@ -101,8 +112,8 @@ async def test_a_clamp_makes_a_row_under_the_number_in_its_key(make):
                 "em1data:1": {"id": 1, "total_act_energy": 6644.9, "total_act_ret_energy": 2595.26}}  # fmt: skip
     feed(collector, notify({"em1:0": first, "em1:1": second, **counters}, METER, "NotifyFullStatus"), NOON)
     assert taken(collector) == [
-        sc.Row(NOON, METER, "em1:0", 0.0, 224.6, 0.02, 0.0, 0.0),
-        sc.Row(NOON, METER, "em1:1", -5080.3, 224.6, 22.78, 6644.9, 2595.26),
+        Row(NOON, METER, "em1:0", 0.0, 224.6, 0.02, 0.0, 0.0),
+        Row(NOON, METER, "em1:1", -5080.3, 224.6, 22.78, 6644.9, 2595.26),
     ]
 
 
@@ -222,7 +233,7 @@ async def test_a_phase_that_reports_an_error_leaves_the_others_alone(make):
     broken = {"a_act_power": None, "a_voltage": None, "a_current": None, "a_errors": ["power_meter_failure"]}
     feed(collector, notify({"em:0": EM | broken, "emdata:0": EMDATA}, METER), NOON)
     expire(collector)
-    assert taken(collector) == [sc.Row(NOON, METER, *values) for values in PHASES[1:]]
+    assert taken(collector) == [Row(NOON, METER, *values) for values in PHASES[1:]]
 
 
 async def test_the_zero_volts_of_a_phase_without_a_wire_are_a_value_and_nothing_to_ask_for(make, caplog):
@@ -238,7 +249,7 @@ async def test_a_counter_that_never_comes_is_stored_as_zero_after_an_interval_wi
     make, caplog, monkeypatch, part
 ):
     collector, clock = make(), 1000.0
-    monkeypatch.setattr(sc.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
     for minute in range(2):
         feed(collector, part.says(**POWER), NOON + 60 * minute)
     expire(collector, clock + 59.9)
@@ -391,8 +402,8 @@ async def test_frames_held_back_land_in_their_minute_and_change_nothing_of_what_
     assert not any(channel.waiting for channel in collector.channels.values())
 
 
-async def test_what_is_known_of_many_meters_is_bounded_and_the_newest_stay(make, monkeypatch):
-    monkeypatch.setattr(sc, "MOST_CHANNELS", 30)
+async def test_what_is_known_of_many_meters_is_bounded_and_the_newest_stay(make, replace):
+    replace(MOST_CHANNELS=30)
     collector = make()
     for n in range(100):
         feed(collector, notify({"em:0": EM, "emdata:0": EMDATA}, f"invented-{n}"), NOON + n / 100)
@@ -500,7 +511,7 @@ OLD_SPOOL = """PRAGMA auto_vacuum = FULL; PRAGMA journal_mode = WAL; PRAGMA sync
 CREATE TABLE IF NOT EXISTS rows (id INTEGER PRIMARY KEY, time, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)"""
 OLD_ROWS = [(NOON + 60.0 * n, "old", "switch:0", float(n), 230.0, 0.5, 9.0) for n in range(20)]
 RETURNED = [None, 7.0, 0.0, None] * 5
-NEW_ROWS = [sc.Row(NOON + 60.0 * n, "new", "em1:0", float(n), 230.0, 0.5, 9.0, wh) for n, wh in enumerate(RETURNED)]
+NEW_ROWS = [Row(NOON + 60.0 * n, "new", "em1:0", float(n), 230.0, 0.5, 9.0, wh) for n, wh in enumerate(RETURNED)]
 
 
 def old_spool(folder):
@@ -513,7 +524,7 @@ def old_spool(folder):
 
 @contextlib.contextmanager
 def outbox_of(folder, rows=()):
-    outbox = sc.Outbox(folder)
+    outbox = Outbox(folder)
     outbox.claim()
     try:
         yield fill(outbox, rows)
@@ -523,7 +534,7 @@ def outbox_of(folder, rows=()):
 
 
 def as_new(rows):
-    return [sc.Row(*row, None) for row in rows]
+    return [Row(*row, None) for row in rows]
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -644,7 +655,7 @@ async def test_an_old_table_gets_the_column_at_the_start_without_being_rewritten
     stored = ask(database, f"SELECT {VALUES} FROM power_logs WHERE device_id = %s ORDER BY channel", METER)
     assert stored == [(METER, *one) for one in PHASES]
     assert ask(database, "SELECT count(*) FROM power_logs WHERE energy_returned_wh IS NULL") == [(101,)]
-    assert relfilenode(database) == before and ask(database, "SELECT power_logs_version()") == [(sc.SCHEMA_VERSION,)]
+    assert relfilenode(database) == before and ask(database, "SELECT power_logs_version()") == [(SCHEMA_VERSION,)]
     await running.stop()
     await (await running.again()).ready()
     execute(database, (ROOT / "schema.sql").read_bytes())  # safe to apply again, by hand too
@@ -691,7 +702,7 @@ async def test_a_client_that_holds_the_table_open_delays_the_update_but_no_row_f
     await running.stop()
     await (await running.again()).ready()
     assert ask(database, "SELECT count(*) FROM power_logs WHERE energy_returned_wh IS NULL") == [(1,)]
-    assert ask(database, "SELECT power_logs_version()") == [(sc.SCHEMA_VERSION,)]
+    assert ask(database, "SELECT power_logs_version()") == [(SCHEMA_VERSION,)]
 
 
 async def test_rows_that_wait_for_the_database_go_into_a_table_without_the_column_too(collectors, database, tmp_path):
@@ -735,7 +746,7 @@ async def test_a_view_of_the_owner_on_energy_by_day_stops_no_update_and_goes_on_
     assert before == [("old", 100.0, 101)]
     running = await collectors(DATABASE_URL=database).ready()
     for _ in range(2):
-        assert ask(database, "SELECT power_logs_version()") == [(sc.SCHEMA_VERSION,)]
+        assert ask(database, "SELECT power_logs_version()") == [(SCHEMA_VERSION,)]
         assert "is used as it is" not in running.log and "ERROR" not in running.log
         assert ask(database, days) == before and ask(database, "SELECT wh FROM my_days") == sums
         assert ask(database, may_read) == [(True,)] * 2
@@ -748,81 +759,6 @@ async def test_a_view_of_the_owner_on_energy_by_day_stops_no_update_and_goes_on_
     assert ask(database, days.replace("'old'", "'later'")) == [("later", 100.0, 101)]
     await running.stop()
     execute(database, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
-
-
-# ---- What was given back on each day.
-
-START = datetime(2026, 11, 3, 12, tzinfo=UTC)
-WINDOW = "since => '2026-11-02', until => '2026-11-20', zone => 'UTC'"
-
-
-@pytest.fixture
-def table(database):
-    """A prepared database; puts rows with the counters given (drawn, returned) a minute apart, None for a lost row."""
-    execute(database, (ROOT / "schema.sql").read_bytes())
-
-    def put(counters, device_id="a", every_s=60):
-        values = [(START + timedelta(seconds=every_s * n), device_id, *one) for n, one in enumerate(counters) if one]
-        with psycopg.connect(database, autocommit=True) as conn, conn.cursor() as cursor:
-            cursor.executemany(
-                "INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh,"
-                " energy_returned_wh) VALUES (%s, %s, 'em:0:a', 1, 230, 1, %s, %s)",
-                values,
-            )
-
-    put.ask = lambda columns, window=WINDOW: ask(
-        database, f"SELECT {columns} FROM energy_by_day({window}) ORDER BY 1, 2"
-    )
-    return put
-
-
-async def test_energy_by_day_tells_what_was_given_back_in_its_last_column(database, table):
-    table([(1000 + n, 50 + 2 * n) for n in range(10)])
-    with psycopg.connect(database) as conn:
-        cursor = conn.execute(f"SELECT * FROM energy_by_day({WINDOW})")
-        assert [column.name for column in cursor.description] == [
-            "device_id", "channel", "day", "energy_wh", "rows", "energy_returned_wh"
-        ]  # fmt: skip
-        assert cursor.fetchall() == [("a", "em:0:a", START.date(), 9.0, 10, 18.0)]
-
-
-async def test_a_device_that_says_nothing_of_it_has_null_and_one_that_gives_nothing_back_has_0(table):
-    table([(1000 + n, None) for n in range(5)], "silent")
-    table([(1000 + n, 7.0) for n in range(5)], "none")
-    table([(1000 + n, None) for n in range(5)] + [(1005 + n, 10.0 * n) for n in range(5)], "new firmware")
-    found = dict(table.ask("device_id, energy_returned_wh"))
-    assert found == {"silent": None, "none": 0.0, "new firmware": 40.0}
-    assert dict(table.ask("device_id, energy_wh")) == {"silent": 4.0, "none": 4.0, "new firmware": 9.0}
-
-
-@pytest.mark.parametrize(("counter", "wh", "resets"), COUNTERS)
-async def test_a_returned_counter_that_falls_or_jumps_is_worth_what_the_drawn_one_would_be(table, counter, wh, resets):
-    table([value if value is None else (5.0, value) for value in counter])
-    assert table.ask("energy_wh, energy_returned_wh") == near([(0, wh)])
-
-
-async def test_returned_energy_is_given_to_the_same_days_by_the_same_rules(table):
-    rnd, counters, wh = random.Random(1), [], 5000.0
-    for _ in range(3000):
-        wh = rnd.choice([0.0, wh * 0.95, wh + 1e6]) if rnd.random() < 0.01 else wh + rnd.uniform(0, 900)
-        counters.append(None if rnd.random() < 0.05 else (wh, wh))
-    table(counters, every_s=300)
-    two_days = WINDOW.replace("11-02", "11-05").replace("11-20", "11-07")
-    for window in (WINDOW, WINDOW.replace("UTC", "Asia/Kathmandu"), two_days):
-        found = table.ask("day, energy_wh, energy_returned_wh", window)
-        assert len(found) >= 2 and all(drawn > 0 and returned == drawn for _, drawn, returned in found)
-
-
-async def test_the_returned_energy_is_in_json_and_csv_and_where_none_is_told_it_is_empty(collectors, database, table):
-    table([(1000 + n, 50 + 2 * n) for n in range(3)], "gives")
-    table([(1000 + n, None) for n in range(3)], "silent")
-    running = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look").ready()
-    parameters = "token=look&since=2026-11-02&until=2026-11-20"
-    status, text = running.get(f"/data/energy.json?{parameters}")
-    assert status == 200 and [one["energy_returned_wh"] for one in json.loads(text)] == [4, None]
-    head, gives, silent = running.get(f"/data/energy.csv?{parameters}")[1].split()
-    assert head == "device_id,channel,day,energy_wh,rows,energy_returned_wh"
-    assert gives == '"gives","em:0:a",2026-11-03,2,3,4' and silent == '"silent","em:0:a",2026-11-03,2,3,'
 
 
 # ---- Names.
@@ -839,7 +775,7 @@ async def test_each_phase_has_the_name_of_its_meter_and_its_letter_and_a_clamp_h
     async def say(house, clamp):
         async with device(running.url) as peer:
             await peer.send(status)
-            assert await peer.websocket.recv() == sc.GET_CONFIG
+            assert await peer.websocket.recv() == GET_CONFIG
             config = {"sys": {"device": {"name": None, "mac": "A1"}}, "em:0": {"id": 0, "name": house, "reverse": {}},
                       "emdata:0": {}, "em1:0": {"id": 0, "name": clamp}, "em1:1": {"id": 1, "name": "Panels"}, "em1data:0": {},
                       "em1data:1": {"id": 1, "name": "x"}, "em:2": {"id": 2, "name": "Not wanted"}, "wifi": {"ap": {}}}  # fmt: skip

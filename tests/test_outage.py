@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from conftest import DEVICE, ROOT, Wire, device, execute, minute_frame, read_rows, wait_for, wait_for_rows
+from support import DEVICE, ROOT, Wire, device, execute, minute_frame, read_rows, wait_for, wait_for_rows
 from websockets.exceptions import ConnectionClosed
 
 INTERVAL_S = 0.5

@@ -7,10 +7,8 @@ import sqlite3
 import time
 
 import pytest
-import shelly_collector as sc
-from conftest import wait_for
-
-ROWS = [sc.Row(60.0 * n, "device", "switch:0", float(n), 230.0, 0.5, 9.0) for n in range(5000)]
+from shelly_collector import Outbox, keep_house
+from support import ROWS, drain, fill, old_spool, wait_for
 
 
 @pytest.fixture
@@ -19,7 +17,7 @@ def new(tmp_path):
     opened = []
 
     def make(folder=tmp_path, rows=(), claim=True):
-        outbox = sc.Outbox(folder)
+        outbox = Outbox(folder)
         opened.append(outbox)
         if claim:
             outbox.claim()
@@ -34,21 +32,6 @@ def close(outbox):
     if outbox.file is not None:
         outbox.file.close()
         outbox.file = None
-
-
-def fill(outbox, rows):
-    for row in rows:
-        outbox.append(row)
-    return outbox
-
-
-def drain(outbox, limit=1000):
-    rows = []
-    while outbox:
-        batch = outbox.oldest(limit)
-        rows += batch[0]
-        outbox.remove(*batch)
-    return rows
 
 
 def test_rows_come_oldest_first_from_memory_and_from_disk(new):
@@ -78,8 +61,8 @@ def test_a_batch_in_flight_that_goes_to_disk_meanwhile_is_removed_there(new):
     assert len(outbox) == 8 and drain(outbox) == ROWS[4:12]
 
 
-def test_a_batch_in_flight_whose_rows_are_dropped_meanwhile_takes_no_others_along(new, monkeypatch):
-    monkeypatch.setattr(sc, "MOST_IN_MEMORY", 10)
+def test_a_batch_in_flight_whose_rows_are_dropped_meanwhile_takes_no_others_along(new, replace):
+    replace(MOST_IN_MEMORY=10)
     outbox = new(rows=ROWS[:10], claim=False)
     batch = outbox.oldest(6)
     fill(outbox, ROWS[10:14]).save()
@@ -134,7 +117,7 @@ async def test_rows_that_come_while_the_file_drains_go_to_disk_in_time_too(make)
     outbox = collector.outbox
     outbox.claim()
     fill(outbox, ROWS[:3000]).save()
-    house = asyncio.create_task(sc.keep_house(collector))
+    house = asyncio.create_task(keep_house(collector))
     fill(outbox, ROWS[3000:3001])
 
     def drain_a_little():
@@ -257,24 +240,6 @@ def test_a_file_that_can_no_longer_be_read_does_not_hold_up_the_rows_in_memory(n
     assert outbox.saved == 4 and drain(outbox) == ROWS[5:9]
 
 
-OLD_TABLE = (
-    "CREATE TABLE rows (id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, device_id TEXT,"
-    " channel TEXT, apower_w REAL, voltage_v REAL, current_a REAL, energy_total_wh REAL)"
-)
-
-
-def old_spool(folder, rows, close=True):
-    """As the version before this one left it; its lock's file is there, too."""
-    (folder / "collector.lock").write_bytes(b"")
-    spool = sqlite3.connect(folder / "spool.sqlite3", isolation_level=None)
-    spool.execute("PRAGMA journal_mode = WAL")
-    spool.execute(OLD_TABLE)
-    spool.executemany("INSERT INTO rows VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", [row[:7] for row in rows])
-    if close:
-        spool.close()
-    return spool
-
-
 def test_the_spool_of_the_version_before_is_taken_over(new, tmp_path):
     old_spool(tmp_path, ROWS[:20])
     outbox = new(rows=ROWS[20:30])
@@ -294,9 +259,9 @@ def test_the_spool_of_a_killed_version_before_is_taken_over_with_its_log(new, tm
 
 
 @pytest.mark.parametrize("limit", [4, 1000])
-def test_rows_of_a_batch_in_flight_that_are_dropped_are_not_counted_twice(new, monkeypatch, limit):
+def test_rows_of_a_batch_in_flight_that_are_dropped_are_not_counted_twice(new, replace, limit):
     # A disk that is full for a moment: of six rows in flight four are dropped, the others go to disk with the rest.
-    monkeypatch.setattr(sc, "MOST_IN_MEMORY", 10)
+    replace(MOST_IN_MEMORY=10)
     outbox = new(rows=ROWS[:10])
     batch = outbox.oldest(6)
     outbox.file.execute("PRAGMA query_only = ON")
@@ -360,14 +325,14 @@ def test_a_folder_in_a_folder_is_made(new, tmp_path):
     assert drain(new(tmp_path / "a" / "b", rows=ROWS[:5])) == ROWS[:5]
 
 
-async def test_rows_beyond_memorys_bound_go_to_disk_though_others_get_on(make, monkeypatch):
-    monkeypatch.setattr(sc, "MOST_IN_MEMORY", 10)
+async def test_rows_beyond_memorys_bound_go_to_disk_though_others_get_on(make, replace):
+    replace(MOST_IN_MEMORY=10)
     collector = make()
     collector.outbox.claim()
     for n in range(11):
         collector.outbox.append(ROWS[n])
     collector.outbox.step_time = float("inf")  # a drain that moves on
-    house = asyncio.create_task(sc.keep_house(collector))
+    house = asyncio.create_task(keep_house(collector))
     await wait_for(lambda: collector.outbox.saved == 11, 3)
     assert not collector.outbox.memory and collector.outbox.dropped == 0
     house.cancel()

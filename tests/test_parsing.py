@@ -5,11 +5,10 @@ import json
 import math
 
 import pytest
-import shelly_collector as sc
-from conftest import DEVICE, expire, feed, minute_frame, notify, taken
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from support import DEVICE, Row, expire, feed, minute_frame, notify, taken
 
 NOON = 1_795_435_200.0  # a full minute
 WHOLE = {"apower": 100.0, "voltage": 230.0, "current": 0.5, "aenergy": {"total": 1000.0}}
@@ -22,7 +21,7 @@ def row(collector, values):
 async def test_a_minute_frame_becomes_a_row_with_the_values_that_the_device_sent(make):
     collector = make()
     feed(collector, minute_frame(), NOON + 0.02)
-    assert taken(collector) == [sc.Row(NOON, DEVICE, "switch:0", 433.8, 228.2, 2.631, 1234.567, 0.0)]
+    assert taken(collector) == [Row(NOON, DEVICE, "switch:0", 433.8, 228.2, 2.631, 1234.567, 0.0)]
 
 
 async def test_a_delta_is_laid_over_what_was_known(make):

@@ -8,13 +8,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
+import urllib.parse
 
 import psutil
 import pytest
-import shelly_collector as sc
-from conftest import DEVICE, VALUES, device, minute_frame, notify, read_rows, wait_for, wait_for_rows
+from shelly_collector import DeviceConnection, handle_device
+from support import DEVICE, GET_STATUS, VALUES, device, minute_frame, notify, read_rows, wait_for, wait_for_rows
 from websockets.asyncio.client import connect
+from websockets.asyncio.server import serve
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
 
 HANDSHAKE = (
@@ -69,12 +72,12 @@ async def test_old_firmware_is_asked_for_its_voltage_again(collectors, database)
 
 async def test_an_old_voltage_makes_the_collector_ask_at_most_once_a_minute(make, monkeypatch):
     collector, clock = make(), 1_795_435_200.0
-    monkeypatch.setattr(sc.time, "time", lambda: clock)
+    monkeypatch.setattr(time, "time", lambda: clock)
 
     async def handle(websocket):
-        await sc.handle_device(collector, websocket)
+        await handle_device(collector, websocket)
 
-    async with sc.serve(handle, "127.0.0.1", 0, create_connection=sc.DeviceConnection) as server:
+    async with serve(handle, "127.0.0.1", 0, create_connection=DeviceConnection) as server:
         url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws"
         async with device(url) as peer:
             asked = []
@@ -90,17 +93,17 @@ async def test_an_old_voltage_makes_the_collector_ask_at_most_once_a_minute(make
                 clock += 60
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(peer.websocket.recv(), 0.1)
-    assert asked == [sc.GET_STATUS] * 8
+    assert asked == [GET_STATUS] * 8
 
 
 async def test_with_short_intervals_it_is_asked_no_more_than_once_a_minute(make, monkeypatch):
     collector, clock = make(THROTTLE_INTERVAL_SECONDS="10"), 1_795_435_200.0
-    monkeypatch.setattr(sc.time, "time", lambda: clock)
+    monkeypatch.setattr(time, "time", lambda: clock)
 
     async def handle(websocket):
-        await sc.handle_device(collector, websocket)
+        await handle_device(collector, websocket)
 
-    async with sc.serve(handle, "127.0.0.1", 0, create_connection=sc.DeviceConnection) as server:
+    async with serve(handle, "127.0.0.1", 0, create_connection=DeviceConnection) as server:
         async with device(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws") as peer:
             for second in range(0, 130, 10):
                 await peer.send(notify({"switch:0": {"apower": float(second)}}))  # no voltage is known
@@ -109,7 +112,7 @@ async def test_with_short_intervals_it_is_asked_no_more_than_once_a_minute(make,
             asked = [await asyncio.wait_for(peer.websocket.recv(), 5) for _ in range(2)]
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(peer.websocket.recv(), 0.1)
-    assert asked == [sc.GET_STATUS] * 2
+    assert asked == [GET_STATUS] * 2
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ TOKENS = ["secret", "a b", "50%+1&2=#?/ü", "😀", "x" * 500]
 @pytest.mark.parametrize("token", TOKENS)
 async def test_only_the_right_token_opens_the_door(collectors, database, token):
     running = await collectors(DATABASE_URL=database, COLLECTOR_TOKEN=token, LOG_LEVEL="DEBUG").ready()
-    encoded = sc.quote(token, safe="")
+    encoded = urllib.parse.quote(token, safe="")
     for query in ("", "?token=", "?token=wrong", f"?token={encoded}x", f"?token={encoded[:-1]}", f"?Token={encoded}",
                   f"?token=wrong&token={encoded}", f"?x={encoded}", "?token=%", "?token=%ff"):  # fmt: skip
         with pytest.raises(InvalidStatus) as caught:

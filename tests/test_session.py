@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import itertools
-import json
 import os
 import random
 import subprocess
@@ -13,8 +12,20 @@ from types import SimpleNamespace
 
 import pytest
 import simulated_device as sim
-from conftest import DEVICE, ROOT, VALUES, device, feed, minute_frame, notify, read_rows, taken, wait_for, wait_for_rows
-from websockets.asyncio.server import serve
+from support import (
+    DEVICE,
+    ROOT,
+    VALUES,
+    device,
+    feed,
+    listening,
+    minute_frame,
+    notify,
+    read_rows,
+    taken,
+    wait_for,
+    wait_for_rows,
+)
 
 NOON = 1_795_435_200.0
 
@@ -188,22 +199,6 @@ async def test_the_simulated_device_refuses_nonsense_with_a_line(arguments):
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = await asyncio.wait_for(process.communicate(), 10)
     assert process.returncode != 0 and out == b"" and b"Traceback" not in err and err.strip()
-
-
-@contextlib.asynccontextmanager
-async def listening(frames, ends=lambda: False):
-    """The URL of a bare server that asks for two answers and collects frames, until `ends` says to hang up."""
-
-    async def take(websocket):
-        for number, method in (2, "Shelly.GetStatus"), (3, "Shelly.GetConfig"):
-            await websocket.send(json.dumps({"id": number, "src": "collector", "method": method}))
-        async for text in websocket:
-            frames.append(json.loads(text))
-            if ends():
-                return
-
-    async with serve(take, "127.0.0.1", 0, compression=None) as server:
-        yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws"
 
 
 def by_minute(frames):

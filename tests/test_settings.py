@@ -1,25 +1,10 @@
 """Settings, --check and --help, as a user types them."""
 
-import asyncio
 import re
-import subprocess
-import sys
 
 import pytest
-import shelly_collector as sc
-from conftest import ROOT, Running, device, minute_frame, settings, wait_for_rows
-
-
-async def run(folder, *arguments, **env):
-    """Exit status, standard output and standard error."""
-    base = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, ROOT / "shelly_collector.py", *arguments,
-        cwd=folder, env=base | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    out, err = await asyncio.wait_for(process.communicate(), 30)
-    return process.returncode, out.decode(), err.decode()
-
+from shelly_collector import Settings, links
+from support import ROOT, Running, device, minute_frame, run_script, settings, wait_for_rows
 
 NONSENSE = [
     ("PORT", "http"), ("PORT", "70000"), ("PORT", "0"), ("PORT", "5000.5"), ("THROTTLE_INTERVAL_SECONDS", "0"),
@@ -83,19 +68,19 @@ def test_a_platform_that_forgets_its_disk_needs_a_database_or_a_folder(platform)
 )  # fmt: skip
 def test_the_public_url_wins_for_what_to_paste(public_url, url, monkeypatch):
     monkeypatch.setenv("RENDER_EXTERNAL_HOSTNAME", "x.onrender.com")
-    assert sc.links(settings(PUBLIC_URL=public_url, COLLECTOR_TOKEN="x"))[0] == url + "?token=…"
-    assert sc.links(settings())[0] == "wss://x.onrender.com/ws"
+    assert links(settings(PUBLIC_URL=public_url, COLLECTOR_TOKEN="x"))[0] == url + "?token=…"
+    assert links(settings())[0] == "wss://x.onrender.com/ws"
 
 
 def test_without_it_the_machine_tells(monkeypatch):
-    assert sc.links(settings(HOST="127.0.0.1", PORT="81"))[0] == "ws://127.0.0.1:81/ws"
-    assert sc.links(settings(HOST="fd00::1"))[0] == "ws://[fd00::1]:5000/ws"
+    assert links(settings(HOST="127.0.0.1", PORT="81"))[0] == "ws://127.0.0.1:81/ws"
+    assert links(settings(HOST="fd00::1"))[0] == "ws://[fd00::1]:5000/ws"
 
 
 async def test_nonsense_stops_the_start_with_one_line_and_status_2(tmp_path):
     for name, value in (("PORT", "http"), ("DATABASE_URL", "postgresql://u:secret-pass@[h/db")):
         for arguments in ((), ("--check",)):
-            status, out, err = await run(tmp_path, *arguments, **{"HOST": "127.0.0.1", "PORT": "5747", name: value})
+            status, out, err = await run_script(tmp_path, *arguments, **{"HOST": "127.0.0.1", "PORT": "5747", name: value})
             assert (status, out) == (2, "") and name in err and err.count("\n") == 1 and "secret-pass" not in err
 
 
@@ -106,14 +91,14 @@ async def test_nonsense_stops_the_start_with_one_line_and_status_2(tmp_path):
 async def test_a_line_of_the_env_file_that_cannot_be_read_stops_the_start(tmp_path, line):
     # Passed over, it would open the door, or send the rows to another database.
     (tmp_path / ".env").write_bytes(b"HOST=127.0.0.1\n" + line + b"\nCHANNELS=1\n")
-    status, out, err = await run(tmp_path)
+    status, out, err = await run_script(tmp_path)
     assert (status, out) == (2, "") and ".env cannot be read, line 2" in err and err.count("\n") == 1
     assert "secret-pass" not in err
 
 
 async def test_an_env_that_is_no_file_is_named(tmp_path):
     (tmp_path / ".env").mkdir()
-    status, out, err = await run(tmp_path)
+    status, out, err = await run_script(tmp_path)
     assert (status, out) == (2, "") and ".env" in err and err.count("\n") == 1
 
 
@@ -130,7 +115,7 @@ def test_the_example_file_shows_every_setting_with_its_default():
     lines = (ROOT / ".env.example").read_text().splitlines()
     shown = dict(line[1:].split("=", 1) for line in lines if line.startswith("#") and "=" in line and line[1].isupper())
     examples = "DATABASE_URL HOST CHANNELS MIN_POWER_W PUBLIC_URL PRICE_PER_KWH RETENTION_DAYS".split()  # none without
-    assert set(shown) == {*sc.Settings.__struct_encode_fields__}
+    assert set(shown) == {*Settings.__struct_encode_fields__}
     assert settings(**{name: shown[name] for name in shown if name not in examples}) == settings()
     assert settings(**shown).price_per_kwh == "0.2516 EUR"
 
@@ -139,7 +124,7 @@ async def test_env_file_counts_and_the_environment_wins(tmp_path):
     (tmp_path / ".env").write_text(
         "\ufeffCHANNELS=1,3\nMIN_POWER_W=12.5\nDATA_DIR=a${HOME}b\nDATABASE_URL=postgresql://u:pa$$w0rd@127.0.0.1:1/x\n"
     )
-    status, out, err = await run(tmp_path, "--check", MIN_POWER_W="99")
+    status, out, err = await run_script(tmp_path, "--check", MIN_POWER_W="99")
     assert status == 1 and "1,3" in out and "99" in out and "12.5" not in out and "Traceback" not in err
     assert "pa$$w0rd" not in out + err and "user=u" in out and "a${HOME}b" in out
 
@@ -149,7 +134,7 @@ async def test_check_tells_of_a_running_collector_and_leaves_it_running(collecto
     async with device(running.url + "?token=a%20b%2F%C3%BC") as peer:
         await peer.send(minute_frame(channel=2), minute_frame("other-1"))
         await wait_for_rows(database, 2)
-        status, out, err = await run(tmp_path, "--check", **running.env)
+        status, out, err = await run_script(tmp_path, "--check", **running.env)
         await peer.send(minute_frame(channel=3))
         await wait_for_rows(database, 3)
     assert status == 0 and err == "", err
@@ -159,17 +144,17 @@ async def test_check_tells_of_a_running_collector_and_leaves_it_running(collecto
 
 
 async def test_check_of_a_database_without_a_table_says_so(tmp_path, database):
-    status, out, _ = await run(tmp_path, "--check", DATABASE_URL=database)
+    status, out, _ = await run_script(tmp_path, "--check", DATABASE_URL=database)
     assert status == 0 and "no table yet" in out
 
 
 async def test_help_explains_the_program(tmp_path):
-    status, out, err = await run(tmp_path, "--help")
+    status, out, err = await run_script(tmp_path, "--help")
     assert status == 0 and "--check" in out and ".env" in out and err == ""
 
 
 async def test_check_without_a_database_makes_none(tmp_path):
-    status, out, err = await run(tmp_path, "--check")
+    status, out, err = await run_script(tmp_path, "--check")
     assert status == 0 and "There is no database yet" in out and err == "" and list(tmp_path.iterdir()) == []
 
 
@@ -180,4 +165,4 @@ def test_a_keyword_string_may_hold_anything_in_its_password():
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_an_address_of_all_is_none_to_paste(host):
-    assert f"//{host}" not in (url := sc.links(settings(HOST=host))[0]) and f"[{host}]" not in url
+    assert f"//{host}" not in (url := links(settings(HOST=host))[0]) and f"[{host}]" not in url

@@ -1,10 +1,11 @@
 """Which readings become rows, by a clock that the tests turn."""
 
 import random
+import time
 
 import pytest
-import shelly_collector as sc
-from conftest import DEVICE, Link, expire, feed, minute_frame, notify, taken
+from shelly_collector import MOST_DEVICES, complain
+from support import DEVICE, Link, expire, feed, minute_frame, notify, taken
 
 NOON = 1_795_435_200.0  # a full minute
 DELTA = {"switch:0": {"apower": 433.8, "current": 2.631}}
@@ -121,7 +122,7 @@ async def test_a_row_waits_for_its_four_values(make):
 async def test_what_never_comes_is_stored_as_zero_after_an_interval_with_one_warning(make, caplog, monkeypatch):
     collector = make()
     clock = 1000.0
-    monkeypatch.setattr(sc.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
     feed(collector, notify(DELTA), NOON)
     expire(collector, clock + 59.9)
     assert not taken(collector)
@@ -173,8 +174,8 @@ async def test_a_status_is_wanted_when_one_of_several_channels_lacks_a_value(mak
     assert not feed(make(), notify({"switch:0": whole, "switch:1": whole}), NOON)
 
 
-async def test_what_is_known_of_many_channels_is_bounded_and_the_newest_stay(make, monkeypatch):
-    monkeypatch.setattr(sc, "MOST_CHANNELS", 100)
+async def test_what_is_known_of_many_channels_is_bounded_and_the_newest_stay(make, replace):
+    replace(MOST_CHANNELS=100)
     collector = make()
     for n in range(1000):
         feed(collector, minute_frame(f"invented-{n}"), NOON + n / 100)
@@ -193,8 +194,8 @@ async def test_an_unknown_power_is_asked_for(make):
     assert not feed(collector, minute_frame(), NOON + 2) and len(taken(collector)) == 1
 
 
-async def test_the_channel_that_is_forgotten_is_the_one_whose_row_is_oldest(make, monkeypatch):
-    monkeypatch.setattr(sc, "MOST_CHANNELS", 3)
+async def test_the_channel_that_is_forgotten_is_the_one_whose_row_is_oldest(make, replace):
+    replace(MOST_CHANNELS=3)
     collector = make()
     for n, name in enumerate(("steady", "b", "c", "steady", "d")):
         feed(collector, minute_frame(name), NOON + 60 * n)
@@ -203,13 +204,13 @@ async def test_the_channel_that_is_forgotten_is_the_one_whose_row_is_oldest(make
 
 async def test_one_connection_speaks_for_a_thousand_devices_at_most(make):
     collector, link = make(), Link()
-    for n in range(sc.MOST_DEVICES):
+    for n in range(MOST_DEVICES):
         feed(collector, minute_frame(f"d{n}"), NOON, link)
     with pytest.raises(ValueError, match="at most 1000 devices"):
         feed(collector, minute_frame("one-too-many"), NOON, link)
     feed(collector, minute_frame("d0"), NOON + 60, link)
     feed(collector, minute_frame("d999"), NOON + 60, link)
-    assert len(taken(collector)) == sc.MOST_DEVICES + 2 and len(collector.channels) == sc.MOST_DEVICES
+    assert len(taken(collector)) == MOST_DEVICES + 2 and len(collector.channels) == MOST_DEVICES
 
 
 async def test_a_row_waits_its_whole_interval_though_the_next_one_begins(make):
@@ -224,10 +225,10 @@ async def test_a_row_waits_its_whole_interval_though_the_next_one_begins(make):
     assert not any(channel.waiting for channel in collector.channels.values())
 
 
-async def test_warnings_of_values_that_never_come_are_limited_and_none_is_forgotten(make, caplog, monkeypatch):
-    monkeypatch.setattr(sc, "MOST_COMPLAINTS", 10)
+async def test_warnings_of_values_that_never_come_are_limited_and_none_is_forgotten(make, caplog, monkeypatch, replace):
+    replace(MOST_COMPLAINTS=10)
     collector, clock = make(), 1000.0
-    monkeypatch.setattr(sc.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
     for minute in range(3):
         for n in range(25):
             feed(collector, notify(DELTA, f"d{n}"), NOON + 60 * minute)
@@ -237,8 +238,8 @@ async def test_warnings_of_values_that_never_come_are_limited_and_none_is_forgot
     assert len(taken(collector)) == 75
 
 
-async def test_the_queue_in_memory_is_bounded_and_each_time_it_overflows_the_log_says_so(make, monkeypatch, caplog):
-    monkeypatch.setattr(sc, "MOST_IN_MEMORY", 10)
+async def test_the_queue_in_memory_is_bounded_and_each_time_it_overflows_the_log_says_so(make, replace, caplog):
+    replace(MOST_IN_MEMORY=10)
     collector = make()
     collector.outbox.dropped = 1  # a row that the database refused: it must not hide what comes now
     for lines in (1, 2):
@@ -253,9 +254,9 @@ async def test_the_queue_in_memory_is_bounded_and_each_time_it_overflows_the_log
 
 async def test_complaints_of_minutes_past_are_forgotten(make, monkeypatch):
     collector, clock = make(), 1000.0
-    monkeypatch.setattr(sc.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
     for n in range(5):
-        assert sc.complain(collector, f"d{n}", "x")
+        assert complain(collector, f"d{n}", "x")
         clock += 61
     assert sum(map(len, collector.complaints.values())) == 1
 

@@ -17,7 +17,7 @@ import urllib.request
 import pytest
 import shelly_collector as sc
 import simulated_device as sim
-from conftest import DEVICE, NUMBERS, ROOT, fresh_database, minute_frame, notify, read_rows, wait_for
+from support import DEVICE, NUMBERS, ROOT, fresh_database, minute_frame, notify, read_rows, wait_for
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus
