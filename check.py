@@ -1,0 +1,126 @@
+"""`--check`: how things stand, also beside a running collector."""
+
+import sqlite3
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import psycopg
+
+import database
+import local_postgres
+from database import DATABASE_ERRORS, one_line, utc, within
+from outbox import Outbox
+from settings import Settings, links, page_token
+
+CHECK_TIMEOUT = 60.0
+
+
+async def check(settings: Settings) -> int:
+    """Print the settings, what the database holds, and the URLs. Returns the exit
+    status."""
+    for name, value in shown_settings(settings).items():
+        print(f"{name:28}{value}")
+    status = 0
+    print()
+    try:
+        await within(CHECK_TIMEOUT, print_database(settings))
+    except DATABASE_ERRORS as exc:
+        print(f"The database cannot be read: {one_line(exc)}")
+        status = 1
+    token = quote(settings.collector_token or "", safe="")
+    token_of_page = quote(page_token(settings, make=False), safe="")
+    if token_of_page == "":
+        token_of_page = "…, which the collector makes when it starts"
+    urls = links(settings, token, token_of_page)
+    print(f"\nlook at: {urls.page}\nPaste into the device: {urls.device}")
+    return status
+
+
+def shown_settings(settings: Settings) -> dict[str, Any]:
+    """The settings by their names, without a secret."""
+    shown = {name.upper(): value for name, value in asdict(settings).items()}
+    for name, value in shown.items():
+        if value is None:
+            shown[name] = "none"
+    shown["DATABASE_URL"] = shown_database_url(settings.database_url)
+    if settings.collector_token is not None:
+        shown["COLLECTOR_TOKEN"] = "***"
+    if settings.dashboard_token is not None:
+        shown["DASHBOARD_TOKEN"] = "***"
+    shown["CHANNELS"] = "all"
+    if settings.channels is not None:
+        shown["CHANNELS"] = ",".join(
+            str(number) for number in sorted(settings.channels)
+        )
+    return shown
+
+
+def shown_database_url(url: str | None) -> str:
+    if url is None:
+        return "none: a PostgreSQL of its own"
+    parts = psycopg.conninfo.conninfo_to_dict(url)
+    harmless = {name: parts.get(name) for name in ("user", "host", "port", "dbname")}
+    return psycopg.conninfo.make_conninfo("", **harmless) or "***"
+
+
+async def print_database(settings: Settings) -> None:
+    """Raises DATABASE_ERRORS."""
+    if settings.database_url is not None:
+        await print_rows(await database.connect(settings.database_url))
+        return
+    folder = local_postgres.folder_in(settings.data_dir)
+    if not (folder / "PG_VERSION").exists():
+        print("There is no database yet: the collector makes it when it starts.")
+        return
+    try:
+        conn = await database.connect(local_postgres.conninfo(folder))
+    except psycopg.OperationalError:
+        await print_rows_of_stopped_server(settings, folder)
+    else:
+        await print_rows(conn)
+    finally:
+        local_postgres.remove_short_link()
+
+
+async def print_rows_of_stopped_server(settings: Settings, folder: Path) -> None:
+    """Start the embedded server for as long as it takes to look at its rows."""
+    outbox = Outbox(Path(settings.data_dir))
+    # If it doesn't exist, don't create it: it would belong to whoever runs --check.
+    if outbox.path.exists():
+        try:
+            outbox.claim()
+        except sqlite3.OperationalError:
+            # A collector has the folder, and starts its server.
+            await print_rows(await database.connect(local_postgres.conninfo(folder)))
+            return
+    process = await local_postgres.start(folder)
+    try:
+        await local_postgres.wait_until_ready(process, folder)
+        await print_rows(await database.connect(local_postgres.conninfo(folder)))
+    finally:
+        await local_postgres.stop(process)
+        outbox.close()
+
+
+async def print_rows(conn: psycopg.AsyncConnection[Any]) -> None:
+    async with conn:
+        print(f"The database answers: PostgreSQL {conn.info.server_version // 10000}")
+        table = await database.read_table(conn)
+        if not table.exists:
+            print("There is no table yet: the collector makes it when it starts.")
+            return
+        cursor = await conn.execute("SELECT count(*) FROM power_logs")
+        (count,) = await cursor.fetchone() or (0,)
+        if count == 0:
+            print("power_logs holds 0 rows.")
+            return
+        print(f"power_logs holds {count} rows, the newest of each channel:")
+        newest = await conn.execute(
+            "SELECT device_id, channel, name, timestamp, apower_w FROM newest_rows()"
+        )
+        async for device_id, channel, name, timestamp, apower_w in newest:
+            at = utc(timestamp.timestamp())
+            line = f"  {at}  {device_id}  {channel}  {apower_w:g} W  {name or ''}"
+            print(line.rstrip())

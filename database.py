@@ -1,0 +1,167 @@
+"""PostgreSQL, for whoever uses it: how to connect, deadlines,
+the state of the table, and calling a function of schema.sql."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import psycopg
+from psycopg import sql
+from psycopg_pool import AsyncConnectionPool
+
+log = logging.getLogger("shelly_collector")
+
+Result = TypeVar("Result")
+
+CONNECTION: dict[str, Any] = {
+    "application_name": "shelly_collector",
+    "autocommit": True,
+    # Otherwise it's the database's own encoding, which cannot write every name.
+    "client_encoding": "utf8",
+    "connect_timeout": 5,
+    # A dead network shows after a minute.
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+}
+# Of a database that is absent, full, frozen or altered.
+DATABASE_ERRORS = (psycopg.Error, OSError, UnicodeError)
+SCHEMA = Path(__file__).with_name("schema.sql")
+# The number at the end of schema.sql.
+SCHEMA_VERSION = 4
+
+READ_TABLE = r"""
+WITH power_logs AS (
+    SELECT to_regclass('power_logs') AS oid
+), tables AS (
+    -- It may be a view of the owner's: then the table that it is made of.
+    SELECT oid FROM power_logs
+    UNION
+    SELECT refobjid FROM pg_depend JOIN pg_rewrite ON objid = pg_rewrite.oid, power_logs
+    WHERE ev_class = power_logs.oid AND classid = 'pg_rewrite'::regclass
+        AND refclassid = 'pg_class'::regclass
+), unique_indexes AS (
+    -- Their columns, without those that are only INCLUDEd.
+    SELECT indimmediate, (
+        SELECT array_agg(attname::text ORDER BY attname) FROM pg_attribute
+        WHERE attrelid = indrelid
+            AND attnum = ANY ((indkey::int2[])[0:indnkeyatts - 1])
+    ) AS columns
+    FROM pg_index
+    WHERE indrelid IN (SELECT oid FROM tables) AND indisunique AND indisvalid
+        AND indpred IS NULL AND indexprs IS NULL
+)
+SELECT
+    (SELECT oid FROM power_logs) IS NOT NULL,
+    coalesce((
+        SELECT substring(prosrc FROM '\d+')::int FROM pg_proc
+        WHERE oid = to_regprocedure('power_logs_version()')
+    ), 0),
+    EXISTS (
+        SELECT FROM pg_attribute, power_logs
+        WHERE attrelid = power_logs.oid AND attname = 'energy_returned_wh'
+            AND NOT attisdropped
+    ),
+    -- A deferrable rule cannot be named in ON CONFLICT.
+    coalesce((
+        SELECT bool_and(indimmediate) FROM unique_indexes
+        WHERE columns = '{channel,device_id,timestamp}'
+    ), false)
+"""
+
+
+class Table(NamedTuple):
+    """What the catalogue says of power_logs."""
+
+    exists: bool
+    # The number of the schema.sql that was applied last; 0: none.
+    version: int
+    has_returned_column: bool
+    # Whether it has the rule of one row per channel and interval.
+    has_unique_rule: bool
+
+
+def one_line(exc: BaseException) -> str:
+    """What an error says, without the statement that PostgreSQL quotes below it."""
+    message = str(exc)
+    if isinstance(exc, psycopg.Error) and exc.diag.message_primary:
+        message = exc.diag.message_primary
+    if message == "":
+        # A TimeoutError has no message.
+        message = "no answer in time"
+    return " ".join(message.split())
+
+
+def utc(seconds: float) -> str:
+    """A time as the log writes it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+async def within(timeout_s: float, work: Awaitable[Result]) -> Result:
+    """The result of `work`. Raises TimeoutError.
+
+    Work that is cut off is cancelled in the server, too, where it may wait for a
+    lock."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.wait_for(asyncio.shield(task), timeout_s)
+    finally:
+        task.cancel()
+        # On a frozen server psycopg takes 10 s to cancel. After a second it is left
+        # alone.
+        await asyncio.wait({task}, timeout=1)
+
+
+async def connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
+    conn = await psycopg.AsyncConnection.connect(conninfo, **CONNECTION)
+    conn.add_notice_handler(log_warning)
+    return conn
+
+
+def log_warning(notice: psycopg.errors.Diagnostic) -> None:
+    if notice.severity_nonlocalized == "WARNING":
+        log.warning("%s", notice.message_primary)
+
+
+def make_query_pool(conninfo: str) -> AsyncConnectionPool:
+    """A pool for everything but writing rows, so that rows never wait for it. The
+    caller opens it. Two questions run at a time, and at most eight wait."""
+    return AsyncConnectionPool(
+        conninfo,
+        kwargs=CONNECTION,
+        open=False,
+        check=AsyncConnectionPool.check_connection,
+        min_size=0,
+        max_size=2,
+        max_waiting=8,
+        timeout=3,
+        max_idle=60,
+    )
+
+
+async def read_table(conn: psycopg.AsyncConnection[Any]) -> Table:
+    row = await (await conn.execute(READ_TABLE)).fetchone()
+    assert row is not None
+    return Table(*row)
+
+
+async def apply_schema(conn: psycopg.AsyncConnection[Any]) -> None:
+    """Make the table, or bring an older one up to date. It takes long on a long
+    table."""
+    try:
+        await conn.execute(SCHEMA.read_bytes())
+    except psycopg.Error:
+        if not conn.closed:
+            await conn.rollback()
+        raise
+
+
+async def call(conn: psycopg.AsyncConnection[Any], function: str, *values: Any) -> None:
+    """Call a function of schema.sql that returns nothing."""
+    places = sql.SQL(", ").join([sql.Placeholder()] * len(values))
+    name = sql.Identifier(function)
+    statement = sql.SQL("SELECT {}({})").format(name, places)
+    await conn.execute(statement, values)
