@@ -1,0 +1,306 @@
+// What the page asks the collector, and what came.
+//
+// A question is one of the collector's functions with its parameters. `refresh` asks what is due;
+// the answers lie in `answers`, by the question's name, until newer ones come.
+//
+// Exports these two. How the asking goes: `health`, `trouble`, `working`, `refreshedAt`,
+// `listenToAnswers`. What may be shown for what is chosen: `channelRows`, `answerFor`,
+// `answerUpToNow`, `isCurrent`, `subject`. The URL of an answer: `address`.
+
+import { LEFT, RIGHT, ROUND_MINUTES } from "./axes.js";
+import { byId } from "./dom.js";
+import { settings, TOKEN } from "./settings.js";
+import { frame, moveFrame, state } from "./state.js";
+import { DAY, MINUTE, ZONE, dayKey, followServer, iso, midnight, now } from "./time.js";
+
+// By name: channels, power, fine (power, while zoomed), cycles, energy, coverage; cyclesNow and
+// energyNow, where the period does not hold today. An answer is its question, and
+//   rows      parsed; model.js turns their times into moments
+//   text      as it came
+//   byChannel  rows by channel, null until model.js sorts them
+//   version   another one whenever the rows are others
+//   at        when it came, by the server's clock
+//   askedAt, took    by performance.now(), in ms
+export const answers = {};
+
+// What /health says, by name; {} if nobody answers.
+export let health = null;
+
+// Why answers are missing: an Error, with the `status` of HTTP if there was an answer at all.
+export let trouble = null;
+
+// Whether answers are on their way, and when they were last asked for, by performance.now().
+export let working = false;
+export let refreshedAt = 0;
+
+// Set by main.js: `onAnswer()`, `onHealth()`, and `onLate()`, when an answer takes another try.
+let listeners = null;
+
+export function listenToAnswers(given) {
+  listeners = given;
+}
+
+// ---- Answers at hand
+
+// The channels of the chosen device, or all.
+export function channelRows() {
+  const rows = answers.channels ? answers.channels.rows : [];
+  return rows.filter((row) => state.device === "" || row.device_id === state.device);
+}
+
+function fits(answer) {
+  if (answer.device !== "" && answer.device !== state.device) return false;
+  return answer.floor == null || answer.floor === state.floor;
+}
+
+// An answer that may be shown for the device and the floor that are chosen; else null. Its period
+// may be another one: it stays, dimmed, until the right one comes.
+export function answerFor(name) {
+  const answer = answers[name];
+  return answer && fits(answer) ? answer : null;
+}
+
+// The answer that holds today up to now: of the period, if that does, or of a question of its own.
+export function answerUpToNow(name) {
+  const ofPeriod = answers[name];
+  if (ofPeriod && ofPeriod.isOpen && ofPeriod.since <= midnight(now())) return answerFor(name);
+  return answerFor(`${name}Now`);
+}
+
+// Whether the answer at hand is to the very question that would be asked now.
+export function isCurrent(name) {
+  return questions().some((question) => question.name === name && isAnswered(question));
+}
+
+function isAnswered(question) {
+  return answers[question.name]?.key === question.key;
+}
+
+// ---- Questions
+
+// What all questions are about: a period, and a device.
+export function subject() {
+  const period = state.from == null ? state.days : `${state.from}/${state.to}`;
+  return `${period}|${state.device}`;
+}
+
+// Two questions of one name and the same `key` differ by nothing but the clock. A question without
+// an end is open: its period goes on to now.
+function makeQuestion(name, since, end, key, more) {
+  const params = { since: iso(since), ...more.params };
+  if (end != null) params.until = iso(end);
+  return {
+    name,
+    path: more.path ?? name,
+    device: state.device,
+    about: subject(),
+    key: `${subject()}|${key}`,
+    since,
+    until: end ?? now(),
+    isOpen: end == null,
+    step: more.step,
+    floor: more.floor,
+    params,
+  };
+}
+
+function powerQuestion(name, since, end, step, key) {
+  const firstBucket = Math.floor(since / step) * step;
+  const params = { step: step / 1000 };
+  return makeQuestion(name, firstBucket, end, `${key}|${step}`, { path: "power", step, params });
+}
+
+function runsQuestion(name, since, end, key) {
+  const { floor } = state;
+  const params = { min_power_w: floor };
+  return makeQuestion(name, since, end, `${floor}|${key}`, { path: "cycles", floor, params });
+}
+
+function energyQuestion(name, since, end) {
+  const params = { zone: ZONE };
+  return makeQuestion(name, since, end, dayKey(now()), { path: "energy", params });
+}
+
+// All that the page needs to know for what is chosen.
+function questions() {
+  const { since, until, moving } = frame;
+  const { zoom } = state;
+  const end = moving ? null : until;
+  const today = midnight(now());
+  const list = [];
+  if (zoom) {
+    const step = stepFor(zoom.from, zoom.to);
+    list.push(powerQuestion("fine", zoom.from, zoom.to, step, `${zoom.from},${zoom.to}`));
+  }
+  if (!zoom) {
+    list.push(powerQuestion("power", since, end, stepFor(since, until), ""));
+  } else if (answers.power?.about !== subject()) {
+    // While zoomed, the whole period only scales the axes: ask once, coarsely.
+    list.push(powerQuestion("power", since, end, coarseStep(since, until), ""));
+  }
+  list.push(runsQuestion("cycles", since, end, ""));
+  const endOfLastDay = moving ? null : midnight(until - 1, 1);
+  list.push(energyQuestion("energy", midnight(since), endOfLastDay));
+  list.push(makeQuestion("coverage", since, end, "", {}));
+
+  // What runs now, and today's numbers, where the period does not hold them.
+  if (!moving || since > today) {
+    const lastDay = Math.min(today, now() - DAY);
+    list.push(runsQuestion("cyclesNow", lastDay, null, dayKey(today)));
+  }
+  if (!moving) list.push(energyQuestion("energyNow", today, null));
+  return list;
+}
+
+// Lengths of a bucket: whole multiples of a row.
+function steps() {
+  const row = settings.rowLength;
+  const lengths = [...ROUND_MINUTES.map((minutes) => minutes * MINUTE), DAY];
+  return [row, ...lengths.filter((length) => length > row && length % row === 0)];
+}
+
+// About one bucket for 1.5 pixels; half as fine where many strips are drawn.
+function stepFor(since, until) {
+  const plotWidth = Math.max(200, byId("main").clientWidth - 80 - LEFT - RIGHT);
+  const bucketWidth = channelRows().length > 6 ? 3 : 1.5;
+  const wanted = (until - since) / (plotWidth / bucketWidth);
+  return steps().find((step) => step >= wanted) || Math.ceil(wanted / DAY) * DAY;
+}
+
+// A hundred buckets, or one a day if that is more.
+function coarseStep(since, until) {
+  const coarse = steps().find((step) => step >= (until - since) / 100) || DAY;
+  return Math.max(stepFor(since, until), coarse);
+}
+
+// Each minute again; less often what takes the database long.
+function isDue(question) {
+  if (!isAnswered(question)) return true;
+  const { askedAt, took } = answers[question.name];
+  return performance.now() - askedAt >= Math.max(50_000, 20 * took);
+}
+
+// ---- Asking
+
+// The relative URL of an answer, such as "cycles.csv". The device that is chosen goes with it.
+export function address(file, params) {
+  const query = new URLSearchParams();
+  if (TOKEN != null) query.set("token", TOKEN);
+  if (state.device && file !== "channels.json") query.set("device", state.device);
+  for (const [name, value] of Object.entries(params)) query.set(name, value);
+  return `data/${file}?${query}`;
+}
+
+const BUSY = 503;
+const MOST_TRIES = 5;
+const FIRST_PAUSE_MS = 1_500;
+
+// Returns the answer, or throws an Error with the status that the collector gave.
+async function ask(question, signal) {
+  const askedAt = performance.now();
+  const url = address(`${question.path}.json`, question.params);
+  let pause = FIRST_PAUSE_MS;
+  for (let tries = 1; ; tries++) {
+    const response = await fetch(url, { signal, cache: "no-store" });
+    const text = await response.text();
+    if (response.ok) {
+      followServer(Date.parse(response.headers.get("Date")));
+      return makeAnswer(question, text, askedAt);
+    }
+    if (response.status !== BUSY || tries === MOST_TRIES) {
+      const error = new Error(text.slice(0, 300));
+      error.status = response.status;
+      throw error;
+    }
+    listeners.onLate();
+    await new Promise((done) => setTimeout(done, pause));
+    signal.throwIfAborted();
+    pause *= 2;
+  }
+}
+
+let versions = 0;
+
+// Where the text is that of the answer at hand, its rows stay, and all that was drawn from them.
+function makeAnswer(question, text, askedAt) {
+  const took = performance.now() - askedAt;
+  const answer = { ...question, text, askedAt, took, at: now() };
+  const before = answers[question.name];
+  if (before && before.text === text) {
+    answer.rows = before.rows;
+    answer.version = before.version;
+    answer.byChannel = before.byChannel;
+  } else {
+    versions += 1;
+    answer.rows = JSON.parse(text);
+    answer.version = versions;
+    answer.byChannel = null; // model.js sorts it out
+  }
+  return answer;
+}
+
+const CHANNELS = { name: "channels", path: "channels", key: "", params: {} };
+let running = new AbortController();
+
+// Asks for what is due, or for everything. A newer refresh drops the older one.
+export async function refresh(everything = false) {
+  running.abort();
+  running = new AbortController();
+  const round = { signal: running.signal, failure: null, questions: [CHANNELS] };
+  working = true;
+  refreshedAt = performance.now();
+  moveFrame();
+  askHealth(round.signal);
+
+  await askAll(round);
+  if (!round.signal.aborted && !round.failure) {
+    // An old link may name a device that no longer exists.
+    if (channelRows().length === 0) state.device = "";
+    if (channelRows().length > 0) {
+      round.questions = questions().filter((question) => everything || isDue(question));
+    }
+    // At most two questions run at once: the collector has few connections for them.
+    await Promise.all([askAll(round), askAll(round)]);
+  }
+  if (round.signal.aborted) return;
+  working = false;
+  trouble = round.failure;
+  listeners.onAnswer();
+}
+
+async function askAll(round) {
+  while (round.questions.length > 0 && mayGoOn(round)) {
+    const question = round.questions.shift();
+    try {
+      const answer = await ask(question, round.signal);
+      if (round.signal.aborted) return;
+      answers[question.name] = answer;
+      listeners.onAnswer();
+    } catch (error) {
+      round.failure ??= error;
+    }
+  }
+}
+
+// A question that makes no sense, or takes too long, stops no other. A collector that is away, or
+// refuses the token, stops them all.
+function mayGoOn({ signal, failure }) {
+  if (signal.aborted) return false;
+  return !failure || failure.status === 400 || failure.status === BUSY;
+}
+
+async function askHealth(signal) {
+  let text = "";
+  try {
+    const response = await fetch("health", { signal, cache: "no-store" });
+    text = await response.text();
+  } catch {
+    // An empty text says that nobody answers.
+  }
+  if (signal.aborted) return;
+  health = {};
+  for (const [, name, value] of text.matchAll(/^([a-z ]+): (.*)$/gm)) {
+    health[name] = value;
+  }
+  listeners.onHealth();
+}
