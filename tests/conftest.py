@@ -1,8 +1,6 @@
 """Fixtures for the tests, and one PostgreSQL server for all of them."""
 
-import contextlib
 import os
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,11 +8,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Collector, Postgres, Running, fresh_database, new_collector, replace_names
+
+from support import (
+    Collector,
+    Postgres,
+    Running,
+    fresh_database,
+    new_collector,
+    replace_names,
+    starting_collectors,
+)
+
+# In these files nearly every test starts a collector of its own, a browser or the
+# Worker's runtime, which takes a second or more. Elsewhere such tests are marked one by
+# one.
+SLOW_FILES = {
+    "test_dashboard.py",
+    "test_embedded.py",
+    "test_looking.py",
+    "test_outage.py",
+    "test_worker.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_configure(config: Any) -> None:
-    """One server for all tests, and all processes that run them: TEST_DATABASE_URL, or one of the wheel's."""
+    """Start one PostgreSQL for all tests and all their processes, unless
+    TEST_DATABASE_URL names one."""
     if not hasattr(config, "workerinput") and not os.environ.get("TEST_DATABASE_URL"):
         config.own_folder = tempfile.TemporaryDirectory(prefix="shelly-tests-")
         config.own_postgres = Postgres(Path(config.own_folder.name, "data"))
@@ -44,33 +69,24 @@ def own_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]
 
 
 @pytest.fixture
-def collectors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Running]]:
-    """Starts collectors; at the end they are killed, and none may have shown a traceback."""
-    started: list[Running] = []
-
-    def start(folder: Path | None = None, user: str | None = None, **env: str) -> Running:
-        started.append(Running(folder or tmp_path_factory.mktemp("collector"), env, user))
-        return started[-1]
-
-    yield start
-    for running in started:
-        if running.process.poll() is None:
-            running.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            running.process.wait(5)
-        running.process.kill()
-        running.process.wait()
-    for running in started:
-        assert "Traceback" not in running.log or "EXPECTED_BUG" in running.log, running.log
+def collectors(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., Running]]:
+    """Start collectors. At the end they are killed, and none may have logged a
+    traceback."""
+    with starting_collectors(tmp_path_factory) as start:
+        yield start
 
 
 @pytest.fixture
 async def make(tmp_path: Path) -> Callable[..., Collector]:
-    """Makes the state of a collector, without server and writer, for settings given as in the environment."""
-    return lambda **env: new_collector(**({"DATA_DIR": str(tmp_path)} | env))
+    """Make the state of a collector, without server and writer, for these environment
+    variables."""
+    defaults = {"DATA_DIR": str(tmp_path)}
+    return lambda **env: new_collector(**(defaults | env))
 
 
 @pytest.fixture
 def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Replaces names of the product, given as keywords, for one test."""
+    """Replace constants or functions of the product, given as keywords."""
     return partial(replace_names, monkeypatch)

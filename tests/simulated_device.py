@@ -1,22 +1,28 @@
 #!/usr/bin/env python3
-"""A Shelly without the hardware, a Pro 4PM by default: speaks to a collector as the real one does, quirks included.
+"""A Shelly without the hardware, by default a Pro 4PM: it speaks to a collector as a
+real one does, quirks included.
 
     python tests/simulated_device.py ws://localhost:5000/ws --minute 1
     python tests/simulated_device.py ws://localhost:5000/ws --history 24h
     python tests/simulated_device.py ws://localhost:5000/ws --model pro3em
 
-It asks for subprotocol json-rpc and needs no answer, sends its whole status right after connecting, answers requests,
-then sends one frame per channel at each full minute, deltas when a load changes, and what switching off and on brings.
-After a drop it comes back. `--filter` puts the Cloudflare Worker of docs/filter.md in between: only frames with a channel
-above 10 W pass, and the connection opens with the first of them.
+It asks for the subprotocol json-rpc, but does not need it. It sends its full status right
+after connecting, and answers requests. Then it sends a frame for each channel at each
+full minute, and deltas when a load changes or is switched. After a drop it comes back.
 
-`--model pro3em` is a three-phase meter: its powers come every few seconds (em:0), its counters at each full minute
-(emdata:0). Phase c has solar panels, which give back by day; `--unconnected b` leaves a phase without a wire, which
-tells 0 V. `--model proem50` has two clamps, the second around the panels' wire, and a relay without a meter.
+`--filter` puts the Cloudflare Worker of docs/filter.md in between: only frames with a
+channel above 10 W pass, and the connection opens with the first of them.
 
-`--history 24h` makes it a house (a pump, a heater, a fridge, a spare output) that first plays its last hours within
-seconds, each frame with the time it stands for as `received`, and then lives on. What it does depends on the time
-alone, so a second run within days agrees with the first; only the 20 minutes without network lie elsewhere.
+`--model pro3em` is a three-phase meter. Its powers (em:0) come every few seconds, its
+counters (emdata:0) at each full minute. Phase c has solar panels, which feed power back
+by day. `--unconnected b` leaves that phase without a wire, so it reports 0 V.
+`--model proem50` has two clamps, the second around the panels' wire, and a relay without
+a meter.
+
+`--history 24h` makes it a house: a pump, a heater, a fridge and a spare output. It first
+plays its last hours within seconds, with the time of each frame as `received`, and then
+lives on. What it does depends on the time alone, so a second run a few days later agrees
+with the first; only its 20 minutes without network are at another time.
 """
 
 import argparse
@@ -38,15 +44,18 @@ from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketExcepti
 Frame = dict[str, Any]
 
 
-# What a device is made of, each by itself. All tell their status, their configuration and the one frame of a full minute
-# as components by key, and what happens between two minutes as a list of such.
+# The parts of a device. Each has its status, its configuration and the frame of a full
+# minute as components by key, and what happens between two minutes as a list of these.
 class Switch:
-    """One metered output; power in W, energy in Wh."""
+    """An output with a meter. Powers are in W, counters in Wh."""
 
     name: str | None = None
-    spread = 0.1  # of the load
+    # As a part of the load.
+    spread = 0.1
 
-    def __init__(self, number: int, rnd: random.Random, old_firmware: bool = False) -> None:
+    def __init__(
+        self, number: int, rnd: random.Random, old_firmware: bool = False
+    ) -> None:
         self.number, self.rnd, self.old_firmware = number, rnd, old_firmware
         self.key = f"switch:{number}"
         self.on = True
@@ -58,7 +67,11 @@ class Switch:
         self.change_load()
 
     def change_load(self) -> None:
-        self.apower = round(self.load_w * self.rnd.uniform(1 - self.spread, 1 + self.spread), 1) if self.on else 0
+        self.apower = (
+            round(self.load_w * self.rnd.uniform(1 - self.spread, 1 + self.spread), 1)
+            if self.on
+            else 0
+        )
         self.voltage = round(self.rnd.uniform(226, 234), 1)
         self.current = round(self.apower / self.voltage * 1.02, 3) if self.on else 0
 
@@ -69,7 +82,11 @@ class Switch:
 
     def energy(self, minute_ts: int) -> Frame:
         returned = {"by_minute": [0.0, 0.0, 0.0], "minute_ts": minute_ts, "total": 0.0}
-        counted = {"by_minute": self.by_minute, "minute_ts": minute_ts, "total": round(self.total, 3)}
+        counted = {
+            "by_minute": self.by_minute,
+            "minute_ts": minute_ts,
+            "total": round(self.total, 3),
+        }
         return {"aenergy": counted, "ret_aenergy": returned}
 
     def measured(self) -> Frame:
@@ -83,30 +100,53 @@ class Switch:
         }
 
     def minute(self, minute_ts: int) -> Frame:
-        return {self.key: self.energy(minute_ts) | ({} if self.old_firmware else self.measured())}
+        return {
+            self.key: self.energy(minute_ts)
+            | ({} if self.old_firmware else self.measured())
+        }
 
     def status(self, minute_ts: int) -> Frame:
-        rest = {"id": self.number, "source": "init", "output": self.on, "temperature": {"tC": 41.2, "tF": 106.2}}
+        rest = {
+            "id": self.number,
+            "source": "init",
+            "output": self.on,
+            "temperature": {"tC": 41.2, "tF": 106.2},
+        }
         return {self.key: rest | self.energy(minute_ts) | self.measured()}
 
     def config(self) -> Frame:
-        rest = {"in_mode": "follow", "initial_state": "match_input", "auto_on": False, "auto_off": False}
+        rest = {
+            "in_mode": "follow",
+            "initial_state": "match_input",
+            "auto_on": False,
+            "auto_off": False,
+        }
         return {self.key: {"id": self.number, "name": self.name, **rest}}
 
     def change(self) -> list[Frame]:
-        """A load that changes, or an output that is switched."""
+        """Change the load, or switch the output."""
         if self.rnd.random() < 0.2:
             self.on = not self.on
             self.change_load()
             return self.turned()
         self.change_load()
         delta = {"current": self.current}
-        return [{self.key: delta if self.rnd.random() < 0.3 else {"apower": self.apower, **delta}}]
+        return [
+            {
+                self.key: delta
+                if self.rnd.random() < 0.3
+                else {"apower": self.apower, **delta}
+            }
+        ]
 
     def turned(self) -> list[Frame]:
         source = {"output": self.on, "source": "SHC"}
-        if self.on:  # the power follows
-            return [{self.key: source}, {self.key: {"apower": self.apower, "current": self.current}}]
+        # The power comes in a second frame.
+        if self.on:
+            return [
+                {self.key: source},
+                {self.key: {"apower": self.apower, "current": self.current}},
+            ]
         return [{self.key: {"apower": 0, "current": 0, "pf": 0, **source}}]
 
 
@@ -124,7 +164,12 @@ class Relay:
 
     def status(self, minute_ts: int) -> Frame:
         return {
-            self.key: {"id": self.number, "source": "init", "output": self.on, "temperature": {"tC": 40, "tF": 104}}
+            self.key: {
+                "id": self.number,
+                "source": "init",
+                "output": self.on,
+                "temperature": {"tC": 40, "tF": 104},
+            }
         }
 
     def config(self) -> Frame:
@@ -136,9 +181,12 @@ class Relay:
 
 
 class Wire:
-    """What a clamp sees of one wire; power in W, negative when it flows back, and two counters in Wh that only rise."""
+    """What a clamp measures of a wire: a power in W, negative when it flows back, and
+    two counters in Wh that only rise."""
 
-    def __init__(self, rnd: random.Random, solar: bool = False, connected: bool = True) -> None:
+    def __init__(
+        self, rnd: random.Random, solar: bool = False, connected: bool = True
+    ) -> None:
         self.rnd, self.solar, self.connected = rnd, solar, connected
         self.load_w = rnd.uniform(50, 2500)
         self.drawn = rnd.uniform(1e5, 9e6) if connected else 0.0
@@ -147,11 +195,16 @@ class Wire:
 
     def measure(self) -> None:
         hour, power = time.localtime().tm_hour, self.load_w
-        if self.solar:  # at night the inverter itself takes a little
+        # At night the inverter draws a little.
+        if self.solar:
             power = -self.load_w if 7 <= hour < 19 else 4.0
-        self.power = round(power * self.rnd.uniform(0.9, 1.1), 1) if self.connected else 0.0
+        self.power = (
+            round(power * self.rnd.uniform(0.9, 1.1), 1) if self.connected else 0.0
+        )
         self.voltage = round(self.rnd.uniform(226, 234), 1) if self.connected else 0.0
-        self.current = round(abs(self.power) / self.voltage * 1.02, 3) if self.connected else 0.027
+        self.current = (
+            round(abs(self.power) / self.voltage * 1.02, 3) if self.connected else 0.027
+        )
 
     def pass_minute(self) -> None:
         self.drawn += max(self.power, 0) / 60
@@ -161,8 +214,10 @@ class Wire:
         values = {
             "act_power": self.power,
             "aprt_power": round(self.voltage * self.current, 1),
-            "current": self.current,  # has no sign
-            "freq": 50.0 if self.connected else 198,  # noise
+            # The current has no sign.
+            "current": self.current,
+            # Without a wire this is noise.
+            "freq": 50.0 if self.connected else 198,
             "pf": 0.98 if self.connected else 1,
             "voltage": self.voltage,
         }
@@ -174,10 +229,17 @@ class Wire:
 
 
 class Clamp:
-    """A meter of one wire: power in em1:N, counters in em1data:N."""
+    """A meter of one wire, with its power in em1:N and its counters in em1data:N."""
 
-    def __init__(self, number: int, rnd: random.Random, name: str, solar: bool = False) -> None:
-        self.number, self.rnd, self.name, self.wire = number, rnd, name, Wire(rnd, solar)
+    def __init__(
+        self, number: int, rnd: random.Random, name: str, solar: bool = False
+    ) -> None:
+        self.number, self.rnd, self.name, self.wire = (
+            number,
+            rnd,
+            name,
+            Wire(rnd, solar),
+        )
 
     def pass_minute(self, hour: int) -> None:
         self.wire.pass_minute()
@@ -191,10 +253,14 @@ class Clamp:
 
     def config(self) -> Frame:
         rest = {"reverse": False, "ct_type": "50A"}
-        return {f"em1:{self.number}": {"id": self.number, "name": self.name, **rest}, f"em1data:{self.number}": {}}
+        return {
+            f"em1:{self.number}": {"id": self.number, "name": self.name, **rest},
+            f"em1data:{self.number}": {},
+        }
 
     def change(self) -> list[Frame]:
-        """Mostly all that it measures; sometimes the voltage has stayed within its threshold."""
+        """Mostly this has all values; sometimes the voltage has not changed enough to
+        be sent."""
         before = self.wire.voltage
         self.wire.measure()
         measured = self.wire.measured()
@@ -205,12 +271,14 @@ class Clamp:
 
 
 class ThreePhase:
-    """A meter of three wires: their powers in em:0, their counters in emdata:0."""
+    """A meter of three wires, with their powers in em:0 and their counters in emdata:0."""
 
     name = "House"
 
     def __init__(self, rnd: random.Random, unconnected: str | None = None) -> None:
-        self.wires = {phase: Wire(rnd, phase == "c", phase != unconnected) for phase in "abc"}
+        self.wires = {
+            phase: Wire(rnd, phase == "c", phase != unconnected) for phase in "abc"
+        }
 
     def pass_minute(self, hour: int) -> None:
         for wire in self.wires.values():
@@ -221,23 +289,40 @@ class ThreePhase:
         for phase, wire in self.wires.items():
             values |= wire.measured(f"{phase}_")
         sums = {
-            name: sum(values[f"{phase}_{name}"] for phase in "abc") for name in ("act_power", "aprt_power", "current")
+            name: sum(values[f"{phase}_{name}"] for phase in "abc")
+            for name in ("act_power", "aprt_power", "current")
         }
-        return values | {"n_current": None} | {f"total_{name}": round(value, 3) for name, value in sums.items()}
+        return (
+            values
+            | {"n_current": None}
+            | {f"total_{name}": round(value, 3) for name, value in sums.items()}
+        )
 
     def minute(self, minute_ts: int) -> Frame:
         values: Frame = {"id": 0}
         for phase, wire in self.wires.items():
             values |= wire.counted(f"{phase}_")
-        for total, counter in ("total_act", "total_act_energy"), ("total_act_ret", "total_act_ret_energy"):
-            values[total] = round(sum(values[f"{phase}_{counter}"] for phase in "abc"), 2)
+        for total, counter in (
+            ("total_act", "total_act_energy"),
+            ("total_act_ret", "total_act_ret_energy"),
+        ):
+            values[total] = round(
+                sum(values[f"{phase}_{counter}"] for phase in "abc"), 2
+            )
         return {"emdata:0": values}
 
     def status(self, minute_ts: int) -> Frame:
-        return {"em:0": self.measured() | {"user_calibrated_phase": []}} | self.minute(minute_ts)
+        return {"em:0": self.measured() | {"user_calibrated_phase": []}} | self.minute(
+            minute_ts
+        )
 
     def config(self) -> Frame:
-        rest = {"monitor_phase_sequence": False, "phase_selector": "all", "reverse": {}, "ct_type": "120A"}
+        rest = {
+            "monitor_phase_sequence": False,
+            "phase_selector": "all",
+            "reverse": {},
+            "ct_type": "120A",
+        }
         return {"em:0": {"id": 0, "name": self.name, **rest}, "emdata:0": {}}
 
     def change(self) -> list[Frame]:
@@ -247,22 +332,27 @@ class ThreePhase:
 
 
 def pump(rnd: random.Random, hour: int) -> list[float]:
-    """The power of the next minutes, as for the loads below: a run every hour or so of a morning or evening."""
-    begins = rnd.random() < (1 / 60 if hour in {6, 7, 8, 9, 17, 18, 19, 20} else 1 / 360)
+    """The power in each of the next minutes: a run about every hour, mornings and
+    evenings."""
+    begins = rnd.random() < (
+        1 / 60 if hour in {6, 7, 8, 9, 17, 18, 19, 20} else 1 / 360
+    )
     return [812.0] * rnd.randint(8, 25) + [0.0] * 30 if begins else [0.0]
 
 
 def heater(rnd: random.Random, hour: int) -> list[float]:
     wanted = hour in {6, 7, 8, 17, 18, 19, 20, 21}
     stage = rnd.choice([1250.0, 1600.0, 1900.0])
-    return [stage] * rnd.randint(6, 14) + [0.0] * rnd.randint(4, 10) if wanted else [0.0]
+    return (
+        [stage] * rnd.randint(6, 14) + [0.0] * rnd.randint(4, 10) if wanted else [0.0]
+    )
 
 
 def fridge(rnd: random.Random, hour: int) -> list[float]:
     return [90.0] * 12 + [2.0] * rnd.randint(25, 31)
 
 
-# Name, power, and whether the output is what switches it.
+# The name, the plan of its power, and whether the output switches it on and off.
 LOADS: list[tuple[str, Callable[[random.Random, int], list[float]], bool]] = [
     ("Well pump", pump, True),
     ("Heater", heater, False),
@@ -272,17 +362,20 @@ LOADS: list[tuple[str, Callable[[random.Random, int], list[float]], bool]] = [
 
 
 class Load(Switch):
-    """An output of a house: its power follows a plan, from minute to minute."""
+    """An output of a house, whose power follows a plan from minute to minute."""
 
     spread = 0.015
 
-    def __init__(self, number: int, rnd: random.Random, old_firmware: bool = False) -> None:
+    def __init__(
+        self, number: int, rnd: random.Random, old_firmware: bool = False
+    ) -> None:
         super().__init__(number, rnd, old_firmware)
         again, kind = divmod(number, len(LOADS))
         name, self.plan, self.switched = LOADS[kind]
         self.name = f"{name} {again + 1}" if again else name
         ahead = self.plan(rnd, 0)
-        self.ahead = ahead[rnd.randrange(len(ahead)) :]  # not all fridges at once
+        # Fridges do not all start at once.
+        self.ahead = ahead[rnd.randrange(len(ahead)) :]
 
     def pass_minute(self, hour: int) -> None:
         super().pass_minute(hour)
@@ -293,25 +386,42 @@ class Load(Switch):
 
 
 class Device:
-    """The frames of one device, a Pro 4PM unless told otherwise; `sent` keeps those that went out, the newest last."""
+    """A device that makes frames, by default a Pro 4PM. `sent` holds those that went
+    out, the newest last."""
 
     name: str | None = None
-    at: float | None = None  # the time in the past that frames are made for
-    pauses = (0.2, 0.5)  # between two changes, in minutes
+    # The time in the past that its frames stand for; None: now.
+    at: float | None = None
+    # Between two changes, in minutes.
+    pauses = (0.2, 0.5)
 
-    def __init__(self, device_id: str, channels: int = 4, old_firmware: bool = False, seed: int = 1) -> None:
+    def __init__(
+        self,
+        device_id: str,
+        channels: int = 4,
+        old_firmware: bool = False,
+        seed: int = 1,
+    ) -> None:
         self.rnd = random.Random(seed)
         self.id, self.old_firmware = device_id, old_firmware
-        self.parts: list[Any] = [Switch(n, self.rnd, old_firmware) for n in range(channels)]
+        self.parts: list[Any] = [
+            Switch(n, self.rnd, old_firmware) for n in range(channels)
+        ]
         self.booted = time.time()
-        self.synced = False  # before the first NTP answer ts is the uptime
+        # Until it has the time from NTP, its ts is the uptime.
+        self.synced = False
         self.sent: list[Frame] = []
 
     def now(self) -> float:
         return self.at or round(time.time() - (0 if self.synced else self.booted), 2)
 
     def notify(self, components: Frame, method: str = "NotifyStatus") -> Frame:
-        frame = {"src": self.id, "dst": "ws", "method": method, "params": {"ts": self.now(), **components}}
+        frame = {
+            "src": self.id,
+            "dst": "ws",
+            "method": method,
+            "params": {"ts": self.now(), **components},
+        }
         return frame | {"received": self.at} if self.at else frame
 
     def components(self) -> Frame:
@@ -337,7 +447,15 @@ class Device:
         return self.notify(self.components(), "NotifyFullStatus")
 
     def config(self) -> Frame:
-        config = {"sys": {"device": {"name": self.name, "mac": self.id[-12:].upper(), "discoverable": True}}}
+        config = {
+            "sys": {
+                "device": {
+                    "name": self.name,
+                    "mac": self.id[-12:].upper(),
+                    "discoverable": True,
+                }
+            }
+        }
         for part in self.parts:
             config |= part.config()
         return config
@@ -348,19 +466,28 @@ class Device:
             return reply | {"result": self.components()}
         if request.get("method") == "Shelly.GetConfig":
             return reply | {"result": self.config()}
-        return reply | {"error": {"code": 404, "message": f"No handler for {request.get('method')}"}}
+        return reply | {
+            "error": {"code": 404, "message": f"No handler for {request.get('method')}"}
+        }
 
     def minute(self) -> list[Frame]:
-        """One frame per part that has a meter, also while off."""
+        """A frame for each part that has a meter, even while it is off."""
         minute_ts = int(self.at or time.time()) // 60 * 60
         hour = time.localtime(minute_ts).tm_hour
         for part in self.parts:
             part.pass_minute(hour)
-        return [self.notify(components) for part in self.parts if (components := part.minute(minute_ts))]
+        return [
+            self.notify(components)
+            for part in self.parts
+            if (components := part.minute(minute_ts))
+        ]
 
     def change(self) -> list[Frame]:
-        """What happens between two minutes."""
-        return [self.notify(components) for components in self.rnd.choice(self.parts).change()]
+        """The frames of what happens between two minutes."""
+        return [
+            self.notify(components)
+            for components in self.rnd.choice(self.parts).change()
+        ]
 
 
 class Pro3EM(Device):
@@ -368,44 +495,63 @@ class Pro3EM(Device):
 
     pauses = (0.03, 0.1)
 
-    def __init__(self, device_id: str, unconnected: str | None = None, seed: int = 1) -> None:
+    def __init__(
+        self, device_id: str, unconnected: str | None = None, seed: int = 1
+    ) -> None:
         super().__init__(device_id, seed=seed)
         self.parts = [ThreePhase(self.rnd, unconnected)]
 
 
 class ProEM50(Device):
-    """Two clamps, the second one around the wire of solar panels, and a relay without a meter."""
+    """Two clamps, the second around the wire of solar panels, and a relay without a
+    meter."""
 
     pauses = (0.03, 0.1)
 
     def __init__(self, device_id: str, seed: int = 1) -> None:
         super().__init__(device_id, seed=seed)
-        self.parts = [Clamp(0, self.rnd, "Mains"), Clamp(1, self.rnd, "Panels", solar=True), Relay(0, self.rnd)]
+        self.parts = [
+            Clamp(0, self.rnd, "Mains"),
+            Clamp(1, self.rnd, "Panels", solar=True),
+            Relay(0, self.rnd),
+        ]
 
 
 class House(Device):
-    """A device with loads that follow the hours of the day, and with a past of some minutes until that is played."""
+    """A device whose loads follow the hours of the day. It has a past of some minutes
+    until that has been played."""
 
-    def __init__(self, number: int, channels: int, old_firmware: bool, minutes: int) -> None:
-        super().__init__(f"simulated-house-{number}", channels, old_firmware, seed=number)
+    def __init__(
+        self, number: int, channels: int, old_firmware: bool, minutes: int
+    ) -> None:
+        super().__init__(
+            f"simulated-house-{number}", channels, old_firmware, seed=number
+        )
         self.name = "House" if number == 1 else f"House {number}"
         self.number, self.minutes = number, minutes
         self.past: list[Frame] = []
-        self.lived_s = 0  # the start of the minute in which the past ends
+        # The past ends at the start of this minute.
+        self.lived_s = 0
 
     def minute(self) -> list[Frame]:
-        """Loads change at full minutes: what that switched comes after the frames, and no row is made of it."""
+        """Loads change at full minutes. What that switches is sent behind the minute's
+        frames, so no row is made of it."""
         before = [switch.on for switch in self.parts]
         frames = super().minute()
         for switch, was_on in zip(self.parts, before, strict=True):
-            frames += [self.notify(components) for components in switch.turned() if switch.on != was_on]
+            frames += [
+                self.notify(components)
+                for components in switch.turned()
+                if switch.on != was_on
+            ]
         return frames
 
     def change(self) -> list[Frame]:
         return []
 
     def remember(self) -> None:
-        """Live from the start of a week, the same for every run, up to this minute, and keep the last hours' frames."""
+        """Live from the start of a week up to this minute, and keep the last hours'
+        frames. Every run starts at the same time, so all have the same past."""
         rnds = [random.Random(f"{self.number}/{n}") for n in range(len(self.parts))]
         self.parts = [Load(n, rnd, self.old_firmware) for n, rnd in enumerate(rnds)]
         self.lived_s, week_s = int(time.time()) // 60 * 60, 7 * 86400
@@ -413,7 +559,9 @@ class House(Device):
         silent = first + int(self.minutes * self.rnd.uniform(0.3, 0.6)) * 60
         without_network = range(silent, silent + min(20, self.minutes // 3) * 60)
         self.past = []
-        for minute in range((self.lived_s - 86400) // week_s * week_s, self.lived_s + 60, 60):
+        for minute in range(
+            (self.lived_s - 86400) // week_s * week_s, self.lived_s + 60, 60
+        ):
             self.at = round(minute + self.rnd.uniform(0, 0.02), 2)
             frames = self.minute()
             if first <= minute < self.lived_s and minute not in without_network:
@@ -422,26 +570,33 @@ class House(Device):
 
 
 def passes_filter(frame: Frame) -> bool:
-    """What the Worker forwards: a frame whose params hold one of the first three switches above 10 W."""
+    """Whether the Worker forwards a frame: one of the first three switches is above 10
+    W."""
     params = frame.get("params") or {}
     powers = (params.get(f"switch:{n}", {}).get("apower") for n in range(3))
     return any(isinstance(power, int | float) and power > 10 for power in powers)
 
 
 class Line:
-    """A device's way to the collector; behind a filter it opens with the first frame that passes."""
+    """A device's connection to the collector. Behind a filter it opens with the first
+    frame that passes."""
 
-    def __init__(self, device: Device, url: str, filtered: bool, show: Callable[[str], None]) -> None:
+    def __init__(
+        self, device: Device, url: str, filtered: bool, show: Callable[[str], None]
+    ) -> None:
         self.device, self.url, self.filtered, self.show = device, url, filtered, show
         self.websocket: ClientConnection | None = None
         self.reader: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        self.websocket = await connect(self.url, subprotocols=["json-rpc"], compression=None, ping_interval=None)
+        self.websocket = await connect(
+            self.url, subprotocols=["json-rpc"], compression=None, ping_interval=None
+        )
         self.reader = asyncio.create_task(self.answer_requests(self.websocket))
 
     async def send(self, *frames: Frame) -> None:
-        """Send frames; raises WebSocketException or OSError when the line is down."""
+        """Send frames. Raises WebSocketException or OSError when the connection is
+        down."""
         for frame in frames:
             if self.filtered and not passes_filter(frame):
                 continue
@@ -469,18 +624,22 @@ class Line:
 
 
 async def play_past(line: Line, house: House) -> None:
-    """Play what a house remembers; if the line drops meanwhile, it will be remembered and played anew."""
+    """Play a house's past. If the connection drops meanwhile, the next one plays all of
+    it again."""
     for frame in house.past:
         await line.send(frame)
-        await asyncio.sleep(0)  # questions are answered meanwhile
+        # Requests are answered meanwhile.
+        await asyncio.sleep(0)
     line.show(f"{house.id} -- played {house.minutes} minutes of the past")
     house.minutes = 0
-    for _ in range(house.lived_s, int(time.time()) // 60 * 60, 60):  # full minutes that came meanwhile
+    # Live through the full minutes that have come meanwhile.
+    for _ in range(house.lived_s, int(time.time()) // 60 * 60, 60):
         await line.send(*house.minute())
 
 
 async def play(line: Line, minute_s: float, minutes: int | None) -> None:
-    """Live through a number of minutes on one connection; raises WebSocketException or OSError when it drops."""
+    """Live through some minutes on one connection. Raises WebSocketException or OSError
+    when it drops."""
     device = line.device
     if isinstance(device, House) and device.minutes:
         device.remember()
@@ -489,23 +648,32 @@ async def play(line: Line, minute_s: float, minutes: int | None) -> None:
     await asyncio.sleep(0.1 * min(1, minute_s))
     await line.send(device.full_status())
     device.synced = True
-    await line.send(device.notify({"ws": {"connected": True}}), device.notify({"cloud": {"connected": True}}))
+    await line.send(
+        device.notify({"ws": {"connected": True}}),
+        device.notify({"cloud": {"connected": True}}),
+    )
     if isinstance(device, House) and device.minutes:
         await play_past(line, device)
     done = 0
     while minutes is None or done < minutes:
-        till_minute, pause = minute_s - time.time() % minute_s, minute_s * device.rnd.uniform(*device.pauses)
+        till_minute, pause = (
+            minute_s - time.time() % minute_s,
+            minute_s * device.rnd.uniform(*device.pauses),
+        )
         if till_minute > pause + 0.05 * minute_s:
             await asyncio.sleep(pause)
             await line.send(*device.change())
             continue
-        await asyncio.sleep(till_minute + device.rnd.uniform(0, 0.02) * min(1, minute_s))
+        await asyncio.sleep(
+            till_minute + device.rnd.uniform(0, 0.02) * min(1, minute_s)
+        )
         await line.send(*device.minute())
         done += 1
 
 
 async def live(line: Line, minute_s: float, minutes: int | None) -> None:
-    """Play, and come back after a drop: the wait is 1 to 60 s on a real device, of its minutes."""
+    """Play, and come back after a drop, after a part of a minute. A real device waits 1
+    to 60 s."""
     while True:
         try:
             await play(line, minute_s, minutes)
@@ -514,7 +682,9 @@ async def live(line: Line, minute_s: float, minutes: int | None) -> None:
             raise
         except (WebSocketException, InvalidHandshake, OSError) as exc:
             wait_s = line.device.rnd.uniform(1, 28) / 60 * minute_s
-            line.show(f"{line.device.id} -- {str(exc) or type(exc).__name__}; back in {wait_s:.1f} s")
+            line.show(
+                f"{line.device.id} -- {str(exc) or type(exc).__name__}; back in {wait_s:.1f} s"
+            )
             await line.close()
             await asyncio.sleep(wait_s)
         finally:
@@ -522,62 +692,91 @@ async def live(line: Line, minute_s: float, minutes: int | None) -> None:
 
 
 def read_history(text: str) -> int:
-    """Minutes of `90m` or `24h`."""
+    """The minutes of a text such as `90m` or `24h`."""
     found = re.fullmatch("([0-9]{1,4})([mh])", text)
     minutes = int(found[1]) * (60 if found[2] == "h" else 1) if found else 0
     if not 0 < minutes <= 24 * 60:
-        raise argparse.ArgumentTypeError(f"{text!r} is nothing like 90m or 24h, which is the most")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is nothing like 90m or 24h, which is the most"
+        )
     return minutes
 
 
-async def main() -> None:
+# The model that each option belongs to, where it is not for all.
+MODEL_OF_OPTION = {
+    "channels": "pro4pm",
+    "history": "pro4pm",
+    "old_firmware": "pro4pm",
+    "filter": "pro4pm",
+    "unconnected": "pro3em",
+}
+
+
+def read_arguments() -> argparse.Namespace:
+    """The options of the command line. Exits with status 2 where they make no sense."""
     parser = argparse.ArgumentParser(description="A Shelly without the hardware.")
-    parser.add_argument("url", nargs="?", default="ws://localhost:5000/ws", help="default: %(default)s")
-    parser.add_argument(
-        "--model", choices=["pro4pm", "pro3em", "proem50"], default="pro4pm", help="default: %(default)s"
-    )
-    parser.add_argument("--devices", type=int, default=1, help="how many")
-    parser.add_argument("--channels", type=int, help="of each Pro 4PM; default: 4")
-    parser.add_argument("--minute", type=float, default=60.0, metavar="S", help="seconds that a minute takes, e.g. 1")
-    parser.add_argument("--minutes", type=int, metavar="N", help="stop after so many; default: never")
-    parser.add_argument("--history", type=read_history, metavar="TIME", help="play so much past first, e.g. 24h or 90m")
-    parser.add_argument("--old-firmware", action="store_true", help="before 1.5: minute frames hold aenergy alone")
-    parser.add_argument("--filter", action="store_true", help="send what the filter in front lets pass")
-    parser.add_argument("--unconnected", choices="abc", help="the phase of a Pro 3EM that has no wire")
-    parser.add_argument("--quiet", action="store_true", help="do not show what is sent")
+    add = parser.add_argument
+    default = "default: %(default)s"
+    add("url", nargs="?", default="ws://localhost:5000/ws", help=default)
+    models = ["pro4pm", "pro3em", "proem50"]
+    add("--model", choices=models, default="pro4pm", help=default)
+    add("--devices", type=int, default=1, help="how many")
+    add("--channels", type=int, help="of each Pro 4PM; default: 4")
+    minute_help = "seconds that a minute takes, e.g. 1"
+    add("--minute", type=float, default=60.0, metavar="S", help=minute_help)
+    add("--minutes", type=int, metavar="N", help="stop after so many; default: never")
+    history_help = "play so much past first, e.g. 24h or 90m"
+    add("--history", type=read_history, metavar="TIME", help=history_help)
+    firmware_help = "before 1.5: minute frames hold aenergy alone"
+    add("--old-firmware", action="store_true", help=firmware_help)
+    add("--filter", action="store_true", help="send what the filter in front lets pass")
+    unconnected_help = "the phase of a Pro 3EM that has no wire"
+    add("--unconnected", choices="abc", help=unconnected_help)
+    add("--quiet", action="store_true", help="do not show what is sent")
     args = parser.parse_args()
     if not args.minute > 0:
         parser.error("--minute must be above 0")
-    belong = dict.fromkeys(("channels", "history", "old_firmware", "filter"), "pro4pm") | {"unconnected": "pro3em"}
-    for name, model in belong.items():
-        if getattr(args, name) not in (None, False) and model != args.model:
-            parser.error(f"--{name.replace('_', '-')} goes with --model {model} only")
+    for name, model in MODEL_OF_OPTION.items():
+        given = getattr(args, name) not in (None, False)
+        if given and model != args.model:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} goes with --model {model} only")
+    return args
+
+
+def make_device(args: argparse.Namespace, n: int) -> Device:
+    """The device with the number `n`, beginning with 0."""
+    device_id = f"shelly{args.model}-a1b2c3{n:06x}"
+    channels = 4 if args.channels is None else args.channels
+    if args.model == "pro3em":
+        return Pro3EM(device_id, args.unconnected, seed=n)
+    if args.model == "proem50":
+        return ProEM50(device_id, seed=n)
+    if args.history:
+        return House(n + 1, channels, args.old_firmware, args.history)
+    return Device(device_id, channels, args.old_firmware, seed=n)
+
+
+async def main() -> None:
+    args = read_arguments()
 
     def show(text: str) -> None:
         if not args.quiet:
             print(text, flush=True)
 
-    def make(n: int) -> Device:
-        device_id, channels = f"shelly{args.model}-a1b2c3{n:06x}", 4 if args.channels is None else args.channels
-        if args.model == "pro3em":
-            return Pro3EM(device_id, args.unconnected, seed=n)
-        if args.model == "proem50":
-            return ProEM50(device_id, seed=n)
-        if args.history:
-            return House(n + 1, channels, args.old_firmware, args.history)
-        return Device(device_id, channels, args.old_firmware, seed=n)
-
-    devices = [make(n) for n in range(args.devices)]
+    devices = [make_device(args, n) for n in range(args.devices)]
     lines = [Line(device, args.url, args.filter, show) for device in devices]
     lives = asyncio.gather(*(live(line, args.minute, args.minutes) for line in lines))
     for name in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C ends it all the same
+        # Windows has no such handlers; Ctrl-C still ends it.
+        with contextlib.suppress(NotImplementedError):
             asyncio.get_running_loop().add_signal_handler(name, lives.cancel)
     try:
         await lives
     except InvalidURI as exc:
         raise SystemExit(str(exc)) from None
-    except BrokenPipeError:  # `… | head`: nobody reads on, not even what is still to be flushed at the exit
+    except BrokenPipeError:
+        # With `… | head`, nobody reads the rest, not even what is flushed at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except asyncio.CancelledError:
         show("stopped")

@@ -1,4 +1,7 @@
-"""What the tests share: frames, collectors as processes, devices on sockets, PostgreSQL servers, and doors to the code."""
+"""What the tests share: frames, collectors as processes, devices on sockets, PostgreSQL
+servers, and doors to the code.
+
+Where a name of the product moves, this file follows it, and the tests stay."""
 
 import asyncio
 import contextlib
@@ -6,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import pwd
 import signal
 import socket
 import sqlite3
@@ -13,63 +17,168 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import psycopg
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.server import ServerConnection, serve
+
+from local_postgres import (
+    child_options,
+    conninfo,
+    make_ready,
+    open_for_passing,
+    programs,
+    server_command,
+    server_user,
+)
+from outbox import Outbox, Row
+from settings import Settings, read_settings
 from shelly_collector import (
-    CHILD,
     ENABLE_NOTIFICATIONS,
     GET_STATUS,
-    PROGRAMS,
-    SERVER_OPTIONS,
     Collector,
-    Row,
-    Settings,
     make_collector,
-    make_ready,
-    read_settings,
-    server_conninfo,
-    server_user,
-    settle_rows,
+    release_complete_rows,
     take_frame,
 )
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.asyncio.server import serve
 
 ROOT = Path(__file__).parents[1]
-NUMBERS = itertools.count(1)  # for names and ports that no other test uses
+# For names and ports that no other test uses.
+NUMBERS = itertools.count(1)
 
 
 # ---- Frames
+NOON = 1_795_435_200.0  # a full minute
 DEVICE = "shellypro4pm-a1b2c3d4e5f6"
 
 
-def minute_frame(device: str = DEVICE, channel: int = 0, apower: float = 433.8, **fields: Any) -> dict[str, Any]:
-    """A Pro 4PM's frame at the full minute; `fields` replace or, if None, take away."""
+def minute_frame(
+    device: str = DEVICE, channel: int = 0, apower: float = 433.8, **fields: Any
+) -> dict[str, Any]:
+    """What a Pro 4PM sends at the full minute. `fields` replace its own; None removes one."""
     component = {
-        "aenergy": {"by_minute": [7035.312, 7161.568, 7514.251], "minute_ts": 1795437480, "total": 1234.567},
+        "aenergy": {
+            "by_minute": [7035.312, 7161.568, 7514.251],
+            "minute_ts": 1795437480,
+            "total": 1234.567,
+        },
         "apower": apower,
         "aprtpower": 438.0,
         "current": 2.631,
         "freq": 50.0,
         "pf": 0.8,
-        "ret_aenergy": {"by_minute": [0.0, 0.0, 0.0], "minute_ts": 1795437480, "total": 0.0},
+        "ret_aenergy": {
+            "by_minute": [0.0, 0.0, 0.0],
+            "minute_ts": 1795437480,
+            "total": 0.0,
+        },
         "voltage": 228.2,
     }
-    component = {name: value for name, value in (component | fields).items() if value is not None}
+    component = {
+        name: value for name, value in (component | fields).items() if value is not None
+    }
     return notify({f"switch:{channel}": component}, device)
 
 
-def notify(components: dict[str, Any], device: str = DEVICE, method: str = "NotifyStatus") -> dict[str, Any]:
-    return {"src": device, "dst": "ws", "method": method, "params": {"ts": 1795437480.01, **components}}
+def notify(
+    components: dict[str, Any], device: str = DEVICE, method: str = "NotifyStatus"
+) -> dict[str, Any]:
+    """A notification of these components."""
+    params = {"ts": 1795437480.01, **components}
+    return {"src": device, "dst": "ws", "method": method, "params": params}
+
+
+# ---- Frames of clamps and three-phase meters: power and counters are two components
+METER = "shellypro3em-a1b2c3d4e5f6"
+
+# What a Pro 3EM says. Phase b feeds power back, phase c has no wire.
+EM = {
+    "id": 0,
+    "a_act_power": 2166.2,
+    "a_aprt_power": 2175.9,
+    "a_current": 9.592,
+    "a_freq": 49.9,
+    "a_pf": 0.99,
+    "a_voltage": 227.0,
+    "b_act_power": -318.4,
+    "b_aprt_power": 330.1,
+    "b_current": 1.435,
+    "b_freq": 49.9,
+    "b_pf": 0.96,
+    "b_voltage": 230.0,
+    "c_act_power": 0,
+    "c_aprt_power": 0,
+    "c_current": 0.027,
+    "c_freq": 198,
+    "c_pf": 1,
+    "c_voltage": 0,
+    "n_current": None,
+    "total_act_power": 1847.8,
+    "total_aprt_power": 2506.0,
+    "total_current": 11.054,
+}
+EMDATA = {
+    "id": 0,
+    "a_total_act_energy": 3105576.42,
+    "a_total_act_ret_energy": 0.0,
+    "b_total_act_energy": 195765.72,
+    "b_total_act_ret_energy": 131881.85,
+    "c_total_act_energy": 0,
+    "c_total_act_ret_energy": 0,
+    "total_act": 3301342.14,
+    "total_act_ret": 131881.85,
+}
+# The rows that these make, without time and device.
+PHASES = [
+    ("em:0:a", 2166.2, 227.0, 9.592, 3105576.42, 0.0),
+    ("em:0:b", -318.4, 230.0, 1.435, 195765.72, 131881.85),
+    ("em:0:c", 0.0, 0.0, 0.027, 0.0, 0.0),
+]
+
+
+class MeterChannel(NamedTuple):
+    """A channel of a meter, and where its device puts the values."""
+
+    # The key of the component with its power.
+    component: str
+    # The key of the one with its counters.
+    data_component: str
+    # The start of each field's name.
+    prefix: str
+    channel: str
+
+    def says(
+        self, method: str | None = "NotifyStatus", **fields: Any
+    ) -> dict[str, Any]:
+        """A frame with these fields, each in its component. With method=None it's an
+        answer to Shelly.GetStatus."""
+        components: dict[str, dict[str, Any]] = {}
+        for name, value in fields.items():
+            key = self.component
+            if name.startswith("total_"):
+                key = self.data_component
+            components.setdefault(key, {"id": 0})[self.prefix + name] = value
+        if method is not None:
+            return notify(components, METER, method)
+        return {"id": 2, "src": METER, "dst": "collector", "result": components}
+
+
+POWER = {"act_power": 100.0, "voltage": 230.0, "current": 0.5}
+COUNTER = {"total_act_energy": 1000.0, "total_act_ret_energy": 50.0}
+CLAMP = MeterChannel("em1:1", "em1data:1", "", "em1:1")
+PHASE = MeterChannel("em:0", "emdata:0", "b_", "em:0:b")
+of_both_kinds = pytest.mark.parametrize("meter", [CLAMP, PHASE], ids=["clamp", "phase"])
 
 
 # ---- Waiting
 async def wait_for(condition: Callable[[], Any], timeout_s: float = 15) -> Any:
-    """The first true value of `condition`, a function or a coroutine function; fails after the timeout."""
+    """Call `condition`, which may be a coroutine function, until its result is true.
+    Return that result; fail after the timeout."""
     end = time.monotonic() + timeout_s
     while True:
         value = condition()
@@ -83,7 +192,8 @@ async def wait_for(condition: Callable[[], Any], timeout_s: float = 15) -> Any:
 
 # ---- Collectors as processes of their own
 def free_port() -> int:
-    """A port that stays free until it is used: none that the system gives to whoever asks for any, or calls out."""
+    """A port that stays free until it's used: below the range from which the system takes
+    ports for outgoing connections."""
     for number in NUMBERS:
         with socket.socket() as probe, contextlib.suppress(OSError):
             port = 10_000 + (os.getpid() * 97 + number) % 20_000
@@ -92,22 +202,42 @@ def free_port() -> int:
 
 
 class Running:
-    """A collector as its own process, in a folder of its own."""
+    """A collector in a process and a folder of its own."""
 
-    def __init__(self, folder: Path, env: dict[str, str], user: str | None = None) -> None:
-        self.folder, self.as_user = folder, {"user": user, "group": user, "extra_groups": []} if user else {}
+    def __init__(
+        self, folder: Path, env: dict[str, str], user: str | None = None
+    ) -> None:
+        self.folder = folder
+        self.as_user: dict[str, Any] = {}
+        if user is not None:
+            self.as_user = {"user": user, "group": user, "extra_groups": []}
         self.port = int(env.get("PORT") or free_port())
-        base = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        # An interval of a day, unless a test says otherwise: no full minute falls into a test and adds a row.
-        quiet = {"HOST": "127.0.0.1", "PORT": str(self.port), "THROTTLE_INTERVAL_SECONDS": "86400"}
+        base = {}
+        for name in ("PATH", "HOME"):
+            if name in os.environ:
+                base[name] = os.environ[name]
+        quiet = {
+            "HOST": "127.0.0.1",
+            "PORT": str(self.port),
+            # With an interval of a day, no new interval starts during a test and adds a
+            # row. A test about intervals sets its own.
+            "THROTTLE_INTERVAL_SECONDS": "86400",
+        }
         self.env = base | quiet | env
         self.log_path = folder / f"log-{next(NUMBERS)}.txt"
         self.process = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, str(ROOT / "shelly_collector.py")]
         with self.log_path.open("ab") as log:
-            command = [sys.executable, str(ROOT / "shelly_collector.py")]
-            return subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=log, stderr=log, **self.as_user)
+            return subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                **self.as_user,
+            )
 
     @property
     def url(self) -> str:
@@ -117,9 +247,12 @@ class Running:
     def log(self) -> str:
         return self.log_path.read_text()
 
-    def get(self, path: str = "/", method: str = "GET", **headers: str) -> tuple[int, str]:
-        """Status and text of an HTTP answer."""
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", method=method, headers=headers)
+    def get(
+        self, path: str = "/", method: str = "GET", **headers: str
+    ) -> tuple[int, str]:
+        """The status and text of an HTTP answer."""
+        url = f"http://127.0.0.1:{self.port}{path}"
+        request = urllib.request.Request(url, method=method, headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=5) as response:
                 return response.status, response.read().decode()
@@ -128,6 +261,7 @@ class Running:
                 return exc.code, exc.read().decode()
 
     async def health(self) -> dict[str, str]:
+        """The lines of the health page by name; none while it does not answer yet."""
         try:
             _, text = await asyncio.to_thread(self.get)
         except OSError:
@@ -136,6 +270,8 @@ class Running:
         return dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
 
     async def ready(self, database: str = "connected") -> "Running":
+        """Wait until the health page says this of the database."""
+
         async def has_it() -> bool:
             return (await self.health()).get("database", "").startswith(database)
 
@@ -143,7 +279,7 @@ class Running:
         return self
 
     async def stop(self, number: int = signal.SIGTERM) -> tuple[int, float]:
-        """Exit status and seconds that it took."""
+        """Send it a signal. Return its exit status and the seconds that it took."""
         began = time.monotonic()
         self.process.send_signal(number)
         status = await asyncio.to_thread(self.process.wait, 20)
@@ -155,13 +291,50 @@ class Running:
         return self
 
 
-async def run_script(folder, *arguments, **env):
-    """Exit status, standard output and standard error."""
+@contextlib.contextmanager
+def starting_collectors(
+    folders: pytest.TempPathFactory,
+) -> Iterator[Callable[..., Running]]:
+    """A function that starts collectors. At the end they are killed, and none may have
+    logged a traceback."""
+    started: list[Running] = []
+
+    def start(
+        folder: Path | None = None, user: str | None = None, **env: str
+    ) -> Running:
+        folder = folder or folders.mktemp("collector")
+        started.append(Running(folder, env, user))
+        return started[-1]
+
+    yield start
+    for running in started:
+        if running.process.poll() is None:
+            running.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.process.wait(5)
+        running.process.kill()
+        running.process.wait()
+    for running in started:
+        assert "Traceback" not in running.log or "EXPECTED_BUG" in running.log, (
+            running.log
+        )
+
+
+async def run_script(
+    folder: Path, *arguments: str, **env: str
+) -> tuple[int | None, str, str]:
+    """Run the collector's script until it ends. Return its exit status, standard output
+    and standard error."""
     base = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, ROOT / "shelly_collector.py", *arguments,
-        cwd=folder, env=base | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        sys.executable,
+        ROOT / "shelly_collector.py",
+        *arguments,
+        cwd=folder,
+        env=base | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     out, err = await asyncio.wait_for(process.communicate(), 30)
     return process.returncode, out.decode(), err.decode()
 
@@ -174,28 +347,34 @@ class Peer:
         self.websocket = websocket
 
     async def send(self, *frames: Any) -> None:
+        """Send frames; text and bytes go out as they are."""
         for frame in frames:
-            await self.websocket.send(frame if isinstance(frame, str | bytes) else json.dumps(frame))
+            if not isinstance(frame, str | bytes):
+                frame = json.dumps(frame)
+            await self.websocket.send(frame)
 
 
 @contextlib.asynccontextmanager
 async def device(url: str, **options: Any) -> Any:
     """A connected device that has read the collector's two requests."""
-    async with connect(
-        url, **({"ping_interval": None, "compression": None, "close_timeout": 2} | options)
-    ) as websocket:
+    defaults = {"ping_interval": None, "compression": None, "close_timeout": 2}
+    async with connect(url, **(defaults | options)) as websocket:
         assert await websocket.recv() == ENABLE_NOTIFICATIONS
         assert await websocket.recv() == GET_STATUS
         yield Peer(websocket)
 
 
 @contextlib.asynccontextmanager
-async def listening(frames, ends=lambda: False):
-    """The URL of a bare server that asks for two answers and collects frames, until `ends` says to hang up."""
+async def listening(
+    frames: list[Any], ends: Callable[[], bool] = lambda: False
+) -> AsyncIterator[str]:
+    """The URL of a bare server that sends both requests and appends what comes to
+    `frames`. It hangs up when `ends` says so."""
 
-    async def take(websocket):
+    async def take(websocket: ServerConnection) -> None:
         for number, method in (2, "Shelly.GetStatus"), (3, "Shelly.GetConfig"):
-            await websocket.send(json.dumps({"id": number, "src": "collector", "method": method}))
+            request = {"id": number, "src": "collector", "method": method}
+            await websocket.send(json.dumps(request))
         async for text in websocket:
             frames.append(json.loads(text))
             if ends():
@@ -206,21 +385,29 @@ async def listening(frames, ends=lambda: False):
 
 
 # ---- PostgreSQL
+def let_server_pass(folder: Path) -> pwd.struct_passwd | None:
+    """Let the server's user reach `folder` and the programs. Return that user."""
+    user = server_user(folder)
+    if user is not None:
+        open_for_passing(folder, user.pw_uid)
+        open_for_passing(programs(), user.pw_uid)
+    return user
+
+
 class Postgres:
     """A server from the wheel's programs that a test may crash, freeze and start again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.child = CHILD | {"env": os.environ | {"LC_ALL": "C"}} | server_user(folder, open_ways=True)
-        make_ready(folder, self.child)
-        self.url = server_conninfo(folder)
+        self.user = let_server_pass(folder)
+        make_ready(folder, self.user)
+        self.url = conninfo(folder)
         self.start()
 
     def start(self) -> None:
-        options = [f"--{option}" for option in SERVER_OPTIONS.split()]
-        command = [str(PROGRAMS / "postgres"), "-D", str(self.folder), *options]
-        make_ready(self.folder, self.child)
-        self.server = psutil.Popen(command, stdout=subprocess.DEVNULL, **self.child)
+        make_ready(self.folder, self.user)
+        options = child_options(self.user, subprocess.DEVNULL)
+        self.server = psutil.Popen(server_command(self.folder), **options)
         while True:
             with contextlib.suppress(psycopg.OperationalError):
                 psycopg.connect(self.url).close()
@@ -246,12 +433,16 @@ class Postgres:
 
 
 class Wire:
-    """A TCP way to a server's socket, perhaps a slow one; `swallow` makes a black hole of the connections there are."""
+    """A TCP proxy in front of a server's socket, which can be slow, or swallow what it
+    should pass on, as a network does that drops every packet."""
 
     def __init__(self, socket_path, delay_s=0.0):
-        self.socket_path, self.delay_s = socket_path, delay_s
-        self.holes = set()  # connections that never answer again
-        self.black = False  # what new connections bring is swallowed, too
+        self.socket_path = socket_path
+        self.delay_s = delay_s
+        # Connections that never answer again.
+        self.holes = set()
+        # Whatever passes from now on is swallowed.
+        self.black = False
         self.writers = []
         self.tasks = set()
 
@@ -274,7 +465,7 @@ class Wire:
         self.black = True
 
     def mend(self):
-        """New connections get through; the old ones stay swallowed for good."""
+        """Let new connections through. Those that lost data never answer again."""
         self.black = False
 
     async def carry(self, reader, writer):
@@ -283,7 +474,9 @@ class Wire:
         self.writers.append(writer)
         there, back = await asyncio.open_unix_connection(self.socket_path)
         self.writers.append(back)
-        await asyncio.gather(self.pump(task, reader, back), self.pump(task, there, writer))
+        await asyncio.gather(
+            self.pump(task, reader, back), self.pump(task, there, writer)
+        )
 
     async def pump(self, carrier, reader, writer):
         with contextlib.suppress(OSError):
@@ -291,7 +484,9 @@ class Wire:
                 if self.black:
                     self.holes.add(carrier)
                 if self.delay_s:
-                    asyncio.get_running_loop().call_later(self.delay_s, writer.write, data)
+                    asyncio.get_running_loop().call_later(
+                        self.delay_s, writer.write, data
+                    )
                 elif carrier not in self.holes:
                     writer.write(data)
                     await writer.drain()
@@ -315,26 +510,40 @@ def execute(database: str, *statements: Any) -> None:
             conn.execute(statement)
 
 
-def read_rows(database: str, columns: str = "*", order: str = "device_id, channel, timestamp") -> list[tuple[Any, ...]]:
-    """What power_logs holds; no rows as long as there is no table."""
+def query(database: str, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+    """The rows that a statement returns."""
+    with psycopg.connect(database, autocommit=True) as conn:
+        return conn.execute(statement, values or None).fetchall()
+
+
+def read_rows(
+    database: str, columns: str = "*", order: str = "device_id, channel, timestamp"
+) -> list[tuple[Any, ...]]:
+    """The rows of power_logs; none as long as there is no table."""
     with psycopg.connect(database, autocommit=True) as conn:
         try:
-            return conn.execute(f"SELECT {columns} FROM power_logs ORDER BY {order}").fetchall()
+            return conn.execute(
+                f"SELECT {columns} FROM power_logs ORDER BY {order}"
+            ).fetchall()
         except psycopg.errors.UndefinedTable:
             return []
 
 
 VALUES = "device_id, channel, apower_w, voltage_v, current_a, energy_total_wh"
+ALL_VALUES = VALUES + ", energy_returned_wh"
 
 
-async def wait_for_rows(database: str, count: int, timeout_s: float = 15) -> list[tuple[Any, ...]]:
-    """The rows' values once there are as many as `count`."""
+async def wait_for_rows(
+    database: str, count: int, timeout_s: float = 15
+) -> list[tuple[Any, ...]]:
+    """Wait until there are `count` rows, and return their VALUES."""
     await wait_for(lambda: len(read_rows(database, "1", "1")) >= count, timeout_s)
     rows = read_rows(database, VALUES)
     assert len(rows) == count, rows
     return rows
 
 
+# The table of the first system, which this collector has taken over.
 ORIGINAL_TABLE = """
 CREATE TABLE power_logs (id SERIAL PRIMARY KEY, timestamp TIMESTAMPTZ NOT NULL, device_id VARCHAR(100) NOT NULL,
  channel VARCHAR(20) NOT NULL, apower_w FLOAT NOT NULL, voltage_v FLOAT NOT NULL, current_a FLOAT NOT NULL,
@@ -346,41 +555,85 @@ CREATE INDEX idx_power_logs_device_channel ON power_logs(device_id, channel);
 
 # ---- Doors to the code: settings, frames in, rows out
 def settings(**env: str) -> Settings:
-    """Settings given as in the environment."""
+    """Settings from these environment variables."""
     return read_settings(env)
 
 
 def new_collector(**env: str) -> Collector:
-    """The state of a collector, without server and writer, for settings given as in the environment."""
+    """A collector's state, without server and writer, for these environment
+    variables."""
     return make_collector(settings(**env))
 
 
 class Link:
-    """What a frame changes of its connection."""
+    """The part of a connection that take_frame uses."""
 
     def __init__(self) -> None:
-        self.name, self.devices = "127.0.0.1", set[str]()
+        self.name = "127.0.0.1"
+        self.devices: set[str] = set()
 
 
 def feed(collector: Collector, frame: Any, now: float, link: Any = None) -> bool:
-    """Take one frame at a time of the server's clock; whether the device should be asked for something."""
-    text = frame if isinstance(frame, str | bytes) else json.dumps(frame)
-    return bool(take_frame(collector, link or Link(), text, now))
+    """Let the collector take a frame when the server's clock says `now`. Return whether
+    it would then ask the device for something."""
+    text = frame
+    if not isinstance(frame, str | bytes):
+        text = json.dumps(frame)
+    request = take_frame(collector, link or Link(), text, now)
+    return request is not None
 
 
 def taken(collector: Collector) -> list[Row]:
-    """The rows that were queued since the last call."""
+    """Take the rows that have come out since the last call."""
     return drain(collector.outbox)
 
 
+def values_taken(collector: Collector) -> list[tuple[Any, ...]]:
+    """The same as seconds since NOON and the five values."""
+    return [(row.time - NOON, *row[3:]) for row in taken(collector)]
+
+
 def expire(collector: Collector, now: float = math.inf) -> None:
-    """Let the rows go on whose deadline has come by `now`, as keep_house does."""
+    """Release the rows whose deadline (monotonic) has come by `now`, as the collector
+    itself does four times a second."""
     for channel in collector.channels.values():
-        settle_rows(collector, channel, now)
+        release_complete_rows(collector, channel, now)
+
+
+def assert_nothing_waits(collector: Collector) -> None:
+    """Fail if a row still waits for a value."""
+    expire(collector)
+    assert not taken(collector)
+
+
+async def stop_writer(collector: Collector, task: "asyncio.Task[None]") -> None:
+    """Stop write_batches as the end of the process does, and close what it has open."""
+    collector.stopping = True
+    collector.outbox.arrived.set()
+    ended, _ = await asyncio.wait({task}, timeout=5)
+    task.cancel()
+    assert ended and task.exception() is None
+    await close_pools(collector)
+    collector.outbox.close()
+
+
+async def close_pools(collector: Collector) -> None:
+    """Close the connections to the database. Left open, their tasks would be reported in
+    a later test."""
+    for pool in (collector.pool, collector.query_pool):
+        if pool is not None:
+            await pool.close()
+
+
+def known_channels(collector: Collector) -> set[tuple[str, str]]:
+    """The device and name of each channel that the collector knows values of."""
+    known = collector.channels.values()
+    return {(channel.device_id, channel.key) for channel in known}
 
 
 def replace_names(monkeypatch: Any, **values: Any) -> None:
-    """Replace names of the product for one test, in every module of it that has them."""
+    """Replace constants or functions of the product for one test, in each module that
+    has the name."""
     modules = [module for module in sys.modules.values() if is_product(module)]
     for name, value in values.items():
         owners = [module for module in modules if hasattr(module, name)]
@@ -394,39 +647,66 @@ def is_product(module: Any) -> bool:
 
 
 # ---- Rows on their way
-ROWS = [Row(60.0 * n, "device", "switch:0", float(n), 230.0, 0.5, 9.0) for n in range(5000)]
+ROWS = [
+    Row(60.0 * n, "device", "switch:0", float(n), 230.0, 0.5, 9.0) for n in range(5000)
+]
 
 
-def fill(outbox: Any, rows: Iterable[Row]) -> Any:
-    """The outbox, with these rows appended."""
+def fill(outbox: Outbox, rows: Iterable[Row]) -> Outbox:
+    """Append rows to an outbox, and return it."""
     for row in rows:
         outbox.append(row)
     return outbox
 
 
-def drain(outbox: Any, limit: int = 1000) -> list[Row]:
-    """All rows of an outbox, taken from it batch by batch as the writer does."""
+def drain(outbox: Outbox, limit: int = 1000) -> list[Row]:
+    """Take all rows out of an outbox, batch by batch as the writer does."""
     rows: list[Row] = []
     while outbox:
         batch = outbox.oldest(limit)
-        rows += batch[0]
-        outbox.remove(*batch)
+        rows += batch.rows
+        outbox.remove(batch)
     return rows
 
 
-OLD_TABLE = (
-    "CREATE TABLE rows (id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, device_id TEXT,"
-    " channel TEXT, apower_w REAL, voltage_v REAL, current_a REAL, energy_total_wh REAL)"
+# The outbox file of a version that did not know returned energy.
+OLD_OUTBOX = """
+PRAGMA auto_vacuum = FULL;
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = FULL;
+PRAGMA user_version = 1;
+CREATE TABLE IF NOT EXISTS rows (
+    id INTEGER PRIMARY KEY,
+    time, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh
 )
+"""
+OLD_ROWS = [
+    (NOON + 60.0 * n, "old", "switch:0", float(n), 230.0, 0.5, 9.0) for n in range(20)
+]
+# Rows of a device that says now and then what was given back.
+RETURNED_WH = [None, 7.0, 0.0, None] * 5
+RETURNED_ROWS = [
+    Row(NOON + 60.0 * n, "new", "em1:0", float(n), 230.0, 0.5, 9.0, wh)
+    for n, wh in enumerate(RETURNED_WH)
+]
 
 
-def old_spool(folder, rows, close=True):
-    """As the version before this one left it; its lock's file is there, too."""
-    (folder / "collector.lock").write_bytes(b"")
-    spool = sqlite3.connect(folder / "spool.sqlite3", isolation_level=None)
-    spool.execute("PRAGMA journal_mode = WAL")
-    spool.execute(OLD_TABLE)
-    spool.executemany("INSERT INTO rows VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", [row[:7] for row in rows])
-    if close:
-        spool.close()
-    return spool
+def old_outbox(folder: Path) -> sqlite3.Connection:
+    """Make such a file with OLD_ROWS. Return the connection to it, which is still
+    open."""
+    folder.mkdir(exist_ok=True)
+    file = sqlite3.connect(folder / "outbox.sqlite3", isolation_level=None)
+    file.executescript(OLD_OUTBOX)
+    file.executemany("INSERT INTO rows VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", OLD_ROWS)
+    return file
+
+
+@contextlib.contextmanager
+def open_outbox(folder: Path, rows: Iterable[Row] = ()) -> Iterator[Outbox]:
+    """Claim a folder for an outbox with these rows, and close it at the end."""
+    outbox = Outbox(folder)
+    outbox.claim()
+    try:
+        yield fill(outbox, rows)
+    finally:
+        outbox.close()

@@ -9,13 +9,21 @@ from zoneinfo import ZoneInfo
 
 import psycopg
 import pytest
+
 from support import NUMBERS, ROOT, execute
 
 NOON = datetime(2026, 11, 3, 12, tzinfo=UTC)
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
 WIDE = {"since": NOON - DAY, "until": NOON + 2 * DAY}
-COLUMNS = "timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh"
-ORDER = {"power_cycles": "started_at", "energy_by_day": "day", "coverage": "first_row", "power_series": "bucket"}
+COLUMNS = (
+    "timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh"
+)
+ORDER = {
+    "power_cycles": "started_at",
+    "energy_by_day": "day",
+    "coverage": "first_row",
+    "power_series": "bucket",
+}
 QUESTIONS = {
     "power_cycles": ("since until gap min_duration min_power_w row_length",
         "device_id channel started_at ended_at ongoing complete energy_wh mean_w max_w mean_a median_v"),
@@ -38,15 +46,34 @@ class Table:
             for row in rows:
                 copy.write_row(row)
 
-    def put(self, watts, device="a", channel="switch:0", start=NOON, every=60, wh=1000.0, **given):
+    def put(
+        self,
+        watts,
+        device="a",
+        channel="switch:0",
+        start=NOON,
+        every=60,
+        wh=1000.0,
+        **given,
+    ):
         """A row each `every` seconds; the counter rises by the power, or is given. (5,): 5 W, but the row is lost."""
         rows = []
         for n, power in enumerate(watts):
             watt = power[0] if isinstance(power, tuple) else power
             if watt is power:
                 others = ("volts", 230), ("amps", 1), ("counter", wh)
-                values = [given[name][n] if name in given else other for name, other in others]
-                rows.append((start + n * timedelta(seconds=every), device, channel, watt, *values))
+                values = [
+                    given[name][n] if name in given else other for name, other in others
+                ]
+                rows.append(
+                    (
+                        start + n * timedelta(seconds=every),
+                        device,
+                        channel,
+                        watt,
+                        *values,
+                    )
+                )
             wh += max(watt, 0) * every / 3600
         self.store(rows)
 
@@ -54,13 +81,18 @@ class Table:
         arguments = ", ".join(f"{name} => %({name})s" for name in given)
         order = ", ".join(["device_id", "channel", *ORDER.get(question, "").split()])
         self.conn.execute("SET LOCAL transaction_read_only = on")
-        return self.conn.execute(f"SELECT {columns} FROM {question}({arguments}) ORDER BY {order}", given).fetchall()
+        return self.conn.execute(
+            f"SELECT {columns} FROM {question}({arguments}) ORDER BY {order}", given
+        ).fetchall()
 
     def runs(self, *more, **given):
         """(first minute, last minute, Wh, more columns) of each run, minutes since NOON."""
         columns = ", ".join(["started_at", "ended_at", "energy_wh", *more])
         found = self.ask("power_cycles", columns, **(WIDE | given))
-        return [((began - NOON) / MINUTE, (ended - NOON) / MINUTE, *rest) for began, ended, *rest in found]
+        return [
+            ((began - NOON) / MINUTE, (ended - NOON) / MINUTE, *rest)
+            for began, ended, *rest in found
+        ]
 
     def now(self):
         return self.conn.execute("SELECT date_trunc('minute', now())").fetchone()[0]
@@ -72,7 +104,9 @@ def prepared():
     name = f"answers_{os.getpid()}_{next(NUMBERS)}"
     with psycopg.connect(os.environ["TEST_DATABASE_URL"], autocommit=True) as conn:
         conn.execute(f"CREATE DATABASE {name}")
-        url = psycopg.conninfo.make_conninfo(os.environ["TEST_DATABASE_URL"], dbname=name)
+        url = psycopg.conninfo.make_conninfo(
+            os.environ["TEST_DATABASE_URL"], dbname=name
+        )
         with psycopg.connect(url, autocommit=True) as own:
             own.execute((ROOT / "schema.sql").read_bytes())
         yield url
@@ -92,7 +126,10 @@ def lost(count, watts=0):
 
 def near(rows):
     """The rows, their numbers about the same."""
-    return [tuple(pytest.approx(x, abs=1e-6) if type(x) in (int, float) else x for x in row) for row in rows]
+    return [
+        tuple(pytest.approx(x, abs=1e-6) if type(x) in (int, float) else x for x in row)
+        for row in rows
+    ]
 
 
 def minutes(count):
@@ -192,24 +229,37 @@ def test_a_run_over_midnight_is_one(table):
 )  # fmt: skip
 def test_a_run_is_clipped_at_the_window(table, since, until, expected):
     table.put(ON * 20 + OFF * 60)
-    assert table.runs("complete", since=NOON + minutes(since), until=NOON + minutes(until)) == near(expected)
+    assert table.runs(
+        "complete", since=NOON + minutes(since), until=NOON + minutes(until)
+    ) == near(expected)
 
 
-@pytest.mark.parametrize("window", [{"since": NOON + minutes(10)}, {"until": NOON + minutes(1)}])
-def test_what_is_noise_is_told_by_the_whole_run_also_by_its_rows_outside_of_the_window(table, window):
+@pytest.mark.parametrize(
+    "window", [{"since": NOON + minutes(10)}, {"until": NOON + minutes(1)}]
+)
+def test_what_is_noise_is_told_by_the_whole_run_also_by_its_rows_outside_of_the_window(
+    table, window
+):
     rows = [*ON, *(lost(2, 1200) + ON) * 3]
-    table.put(rows + ON + OFF if "since" in window else ON + lost(1, 1200) + rows + OFF)  # one minute is in the window
+    table.put(
+        rows + ON + OFF if "since" in window else ON + lost(1, 1200) + rows + OFF
+    )  # one minute is in the window
     ((began, ended, wh),) = table.runs(min_duration="10 minutes", **window)
     assert (ended - began, wh) == (1, pytest.approx(20))
 
 
 def test_a_run_goes_on_after_the_window_also_by_its_counter(table):
-    table.put(ON * 5 + lost(2) + OFF + lost(2) + OFF, counter=[*range(1000, 1100, 20), 0, 0, 1100, 0, 0, 1150])
+    table.put(
+        ON * 5 + lost(2) + OFF + lost(2) + OFF,
+        counter=[*range(1000, 1100, 20), 0, 0, 1100, 0, 0, 1150],
+    )
     assert table.runs("complete", until=NOON + minutes(7)) == near([(0, 7, 100, False)])
 
 
 @pytest.mark.parametrize("since", [5, 6, 7])
-def test_a_run_that_ended_before_the_window_is_not_in_it_though_the_next_row_is(table, since):
+def test_a_run_that_ended_before_the_window_is_not_in_it_though_the_next_row_is(
+    table, since
+):
     table.put(ON * 5 + lost(2) + OFF * 9)
     assert table.runs(since=NOON + minutes(since), min_duration="1 minute") == []
 
@@ -221,24 +271,34 @@ def test_an_ongoing_run_is_shown_however_short_and_ends_with_its_last_row(table)
     table.put(ON * 60, "over", start=now - minutes(65))
     table.put(OFF + ON + OFF, "noise", start=now - minutes(20))
     table.put(ON * 60, "its clock ahead", start=now - minutes(30))
-    found = table.ask("power_cycles", "device_id, ongoing, ended_at, energy_wh", until=now + HOUR)
+    found = table.ask(
+        "power_cycles", "device_id, ongoing, ended_at, energy_wh", until=now + HOUR
+    )
     assert found == near([
         ("going on", True, now, 1200), ("its clock ahead", True, now + minutes(30), 1200),
         ("just begun", True, now, 20), ("over", False, now - minutes(5), 1200)])  # fmt: skip
-    assert ("over", True) in table.ask("power_cycles", "device_id, ongoing", gap="10 minutes")
-    assert dict(table.ask("power_cycles", "device_id, ended_at < now()"))["going on"]  # by default until now
+    assert ("over", True) in table.ask(
+        "power_cycles", "device_id, ongoing", gap="10 minutes"
+    )
+    assert dict(table.ask("power_cycles", "device_id, ended_at < now()"))[
+        "going on"
+    ]  # by default until now
 
 
 def test_a_run_that_goes_on_after_the_window_is_not_complete(table):
     now = table.now()
     table.put(ON * 60, start=now - minutes(60))
-    found = table.ask("power_cycles", "complete, ended_at, energy_wh", until=now - minutes(30))
+    found = table.ask(
+        "power_cycles", "complete, ended_at, energy_wh", until=now - minutes(30)
+    )
     assert found == near([(False, now - minutes(30), 600)])
 
 
 def test_means_maximum_and_median_are_those_of_the_running_rows(table):
     volts, amps = [240, 0, 229, 235, 240], [0, 4, 13, 8.5, 0]
-    table.put([0, 1000, 3000, 2000, 0], volts=volts, amps=amps, counter=[0, 0, 50, 90, 90])
+    table.put(
+        [0, 1000, 3000, 2000, 0], volts=volts, amps=amps, counter=[0, 0, 50, 90, 90]
+    )
     table.put([500] * 3, "b", volts=[0] * 3)
     assert table.ask("power_cycles", "energy_wh, mean_w, max_w, mean_a, median_v", **WIDE) == near([
         (90, 2000, 3000, 8.5, 232), (25, 500, 500, 1, None)])  # fmt: skip
@@ -252,7 +312,9 @@ def test_what_runs_by_its_counter_alone_has_the_mean_of_the_counter(table):
 def test_power_that_flows_back_runs_with_its_sign_and_takes_nothing(table):
     table.put([0, -800, -300, 100, -600, 0], counter=[5] * 6)
     table.put([-800] * 5, "b")
-    assert table.runs("mean_w", "max_w") == near([(1, 5, 0, -400, -800), (0, 5, 0, -800, -800)])
+    assert table.runs("mean_w", "max_w") == near(
+        [(1, 5, 0, -400, -800), (0, 5, 0, -800, -800)]
+    )
     assert table.ask("energy_by_day", "energy_wh, rows", **WIDE) == [(0, 6), (0, 5)]
 
 
@@ -262,13 +324,25 @@ def test_devices_channels_and_phases_are_apart(table):
     for (device, channel), watts in series.items():
         table.put(watts + OFF, device, channel)
     found = [("a", "switch:0", 200), ("a", "switch:1", 160), ("b", "pm1:0", 100)]
-    found += [("meter", "em:0:a", 100), ("meter", "em:0:b", 200), ("meter", "em:0:c", 300)]
-    assert table.ask("power_cycles", "device_id, channel, energy_wh", **WIDE) == near(found)
+    found += [
+        ("meter", "em:0:a", 100),
+        ("meter", "em:0:b", 200),
+        ("meter", "em:0:c", 300),
+    ]
+    assert table.ask("power_cycles", "device_id, channel, energy_wh", **WIDE) == near(
+        found
+    )
     found += [("z", "em1:0", 0)]
-    assert table.ask("energy_by_day", "device_id, channel, energy_wh", **WIDE) == near(found)
+    assert table.ask("energy_by_day", "device_id, channel, energy_wh", **WIDE) == near(
+        found
+    )
     keys = [key[:2] for key in found]
-    assert table.ask("coverage", "device_id, channel, rows, missing", **WIDE) == [(*key, 11, 0) for key in keys]
-    assert table.ask("power_series", "device_id, channel, rows", step="1 hour", **WIDE) == [(*key, 11) for key in keys]
+    assert table.ask("coverage", "device_id, channel, rows, missing", **WIDE) == [
+        (*key, 11, 0) for key in keys
+    ]
+    assert table.ask(
+        "power_series", "device_id, channel, rows", step="1 hour", **WIDE
+    ) == [(*key, 11) for key in keys]
 
 
 COUNTERS = [
@@ -278,8 +352,16 @@ COUNTERS = [
     ([1000, 1010, 1002, 1005], 13, 0),  # digits lost at a reboot
     ([1000, 900, 901], 1, 0),  # not below 0.9 of it
     ([1_400_000, 1_400_010, 0, 1_400_020, 1_400_030], 20, 1),  # 0 for a minute
-    ([1_400_000, 0, *[None] * 600, 1_400_010, 1_400_020], 10, 1),  # and no rows for hours meanwhile
-    ([1000, 0, 1020, 0, 1040], 0, 2),  # not reported in every second row, as in the first system's tables
+    (
+        [1_400_000, 0, *[None] * 600, 1_400_010, 1_400_020],
+        10,
+        1,
+    ),  # and no rows for hours meanwhile
+    (
+        [1000, 0, 1020, 0, 1040],
+        0,
+        2,
+    ),  # not reported in every second row, as in the first system's tables
     ([1000, 0, 20, 40], 40, 1),  # set to 0 for good
     ([0, 1600, 1600], 1600, 0),  # 96 kW
     ([0, 1700, 1701], 1, 0),  # 102 kW
@@ -292,7 +374,9 @@ COUNTERS = [
 @pytest.mark.parametrize(("counter", "wh", "resets"), COUNTERS)
 def test_what_a_counter_that_falls_or_jumps_is_worth(table, counter, wh, resets):
     table.put([(0,) if value is None else 0 for value in counter], counter=counter)
-    assert table.ask("energy_by_day", "day, energy_wh", **WIDE) == near([(NOON.date(), wh)])
+    assert table.ask("energy_by_day", "day, energy_wh", **WIDE) == near(
+        [(NOON.date(), wh)]
+    )
     assert table.ask("coverage", "resets", **WIDE) == [(resets,)]
 
 
@@ -301,18 +385,31 @@ def test_what_a_counter_that_falls_or_jumps_is_worth(table, counter, wh, resets)
 )  # fmt: skip
 def test_a_day_has_its_23_or_25_hours(table, first, hours):
     paris = ZoneInfo("Europe/Paris")
-    since, until = (datetime(d.year, d.month, d.day, tzinfo=paris).astimezone(UTC) for d in (first, first + 3 * DAY))
+    since, until = (
+        datetime(d.year, d.month, d.day, tzinfo=paris).astimezone(UTC)
+        for d in (first, first + 3 * DAY)
+    )
     table.put([600] * (2 * 144 + 400), start=since - DAY, every=600)
-    expected = [(first + n * DAY, 600 * length, 6 * length) for n, length in enumerate(hours)]
+    expected = [
+        (first + n * DAY, 600 * length, 6 * length) for n, length in enumerate(hours)
+    ]
     given = {"since": since, "until": until}
-    assert table.ask("energy_by_day", "day, energy_wh, rows", zone="Europe/Paris", **given) == near(expected)
+    assert table.ask(
+        "energy_by_day", "day, energy_wh, rows", zone="Europe/Paris", **given
+    ) == near(expected)
     table.conn.execute("SET LOCAL timezone = 'Europe/Paris'")
     assert table.ask("energy_by_day", "day, energy_wh, rows", **given) == near(expected)
 
 
-def test_the_rise_in_an_outage_is_of_the_day_it_began_in_and_a_day_without_rows_is_absent(table):
-    table.put([600] * 6 + lost(12, 600) + [600] * 6, start=NOON + 11 * HOUR, every=600)  # away from midnight to two
-    table.put([600] * 6 + lost(6 * 37, 60) + [600] * 6, "b", start=NOON + 11 * HOUR, every=600)
+def test_the_rise_in_an_outage_is_of_the_day_it_began_in_and_a_day_without_rows_is_absent(
+    table,
+):
+    table.put(
+        [600] * 6 + lost(12, 600) + [600] * 6, start=NOON + 11 * HOUR, every=600
+    )  # away from midnight to two
+    table.put(
+        [600] * 6 + lost(6 * 37, 60) + [600] * 6, "b", start=NOON + 11 * HOUR, every=600
+    )
     window = {"since": NOON, "until": NOON + 3 * DAY}
     assert table.ask("energy_by_day", "device_id, day, energy_wh, rows", **window) == near([
         ("a", date(2026, 11, 3), 600 + 1200, 6), ("a", date(2026, 11, 4), 500, 6),
@@ -321,8 +418,12 @@ def test_the_rise_in_an_outage_is_of_the_day_it_began_in_and_a_day_without_rows_
 
 def test_windows_are_half_open_and_the_last_rise_may_end_within_a_day_after(table):
     table.put(range(0, 1200, 60))
-    table.put([600] + lost(22, 600) + [600] * 5, "b", every=3600, start=NOON + minutes(9))
-    table.put([600] + lost(25, 600) + [600] * 5, "c", every=3600, start=NOON + minutes(9))
+    table.put(
+        [600] + lost(22, 600) + [600] * 5, "b", every=3600, start=NOON + minutes(9)
+    )
+    table.put(
+        [600] + lost(25, 600) + [600] * 5, "c", every=3600, start=NOON + minutes(9)
+    )
     window = {"since": NOON + minutes(5), "until": NOON + minutes(10)}
     found = table.ask("energy_by_day", "energy_wh, rows", zone="UTC", **window)
     assert found == near([(5 + 6 + 7 + 8 + 9, 5), (23 * 600, 1), (0, 1)])
@@ -330,7 +431,11 @@ def test_windows_are_half_open_and_the_last_rise_may_end_within_a_day_after(tabl
     found = table.ask("coverage", "first_row, last_row, rows", **window)
     assert found == [(first, last, 5), (last, last, 1), (last, last, 1)]
     found = table.ask("power_series", "bucket, rows", step="1 minute", **window)
-    assert found == [*((NOON + minutes(n), 1) for n in range(5, 10)), (last, 1), (last, 1)]
+    assert found == [
+        *((NOON + minutes(n), 1) for n in range(5, 10)),
+        (last, 1),
+        (last, 1),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -354,8 +459,16 @@ def test_windows_are_half_open_and_the_last_rise_may_end_within_a_day_after(tabl
 def test_what_is_missing(table, watts, every, given, expected):
     table.put(watts, every=every)
     columns = "first_row, last_row, rows, missing, longest_gap"
-    ((first, last, rows, missing, longest),) = table.ask("coverage", columns, **(WIDE | given))
-    assert ((first - NOON) / MINUTE, (last - NOON) / MINUTE, rows, missing, longest / MINUTE) == expected
+    ((first, last, rows, missing, longest),) = table.ask(
+        "coverage", columns, **(WIDE | given)
+    )
+    assert (
+        (first - NOON) / MINUTE,
+        (last - NOON) / MINUTE,
+        rows,
+        missing,
+        longest / MINUTE,
+    ) == expected
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Kolkata"])
@@ -375,10 +488,17 @@ def test_buckets_are_round_in_utc_and_those_without_rows_absent(table, zone):
 )  # fmt: skip
 def test_without_a_step_a_round_one_is_taken(table, start, length, every):
     table.put([1] * (length // timedelta(seconds=every)), start=start, every=every)
-    buckets = [bucket for (bucket,) in table.ask("power_series", "bucket", since=start, until=start + length)]
+    buckets = [
+        bucket
+        for (bucket,) in table.ask(
+            "power_series", "bucket", since=start, until=start + length
+        )
+    ]
     step = min(later - bucket for bucket, later in itertools.pairwise(buckets))
     assert len(buckets) <= 1500 and (len(buckets) >= 300 or step == MINUTE)
-    assert DAY % step == timedelta(0) and all((bucket - NOON + DAY / 2) % step == timedelta(0) for bucket in buckets)
+    assert DAY % step == timedelta(0) and all(
+        (bucket - NOON + DAY / 2) % step == timedelta(0) for bucket in buckets
+    )
 
 
 @pytest.mark.parametrize("question", list(ORDER))
@@ -387,7 +507,9 @@ def test_by_default_the_last_45_days_are_asked_for(table, question):
     for start, count in ((now - 46 * DAY, 3), (now - 44 * DAY, 5), (now + HOUR, 2)):
         table.put(ON * count, start=start)
     if question == "power_cycles":
-        assert table.ask(question, "started_at, ongoing, complete") == [(now - 44 * DAY, False, True)]
+        assert table.ask(question, "started_at, ongoing, complete") == [
+            (now - 44 * DAY, False, True)
+        ]
     else:
         assert sum(rows for (rows,) in table.ask(question, "rows")) == 5
 
@@ -433,9 +555,24 @@ def expected_runs(rows, since, until, gap, min_duration, floor, length, far=Fals
             energy = min(energy, most)
         if abs(watt) > floor or energy > floor * span / 60:
             share = max(0, min(at + span, until) - max(at, since)) / span
-            running.append((at, watt, share * energy, share * span, watt if abs(watt) > floor else energy * 60 / span))
+            running.append(
+                (
+                    at,
+                    watt,
+                    share * energy,
+                    share * span,
+                    watt if abs(watt) > floor else energy * 60 / span,
+                )
+            )
     while running:
-        count = next((n for n in range(1, len(running)) if running[n][0] - running[n - 1][0] > reach), len(running))
+        count = next(
+            (
+                n
+                for n in range(1, len(running))
+                if running[n][0] - running[n - 1][0] > reach
+            ),
+            len(running),
+        )
         run, running = running[:count], running[count:]
         began, ended = run[0][0], run[-1][0] + length
         energy, times = sum(row[2] for row in run), sum(row[3] for row in run)
@@ -443,7 +580,9 @@ def expected_runs(rows, since, until, gap, min_duration, floor, length, far=Fals
             mean = sum(row[3] * row[4] for row in run) / times
             highest = max((row[4] for row in run if row[3]), key=abs)
             complete = since < began and ended < until
-            found.append((max(began, since), min(ended, until), complete, energy, mean, highest))
+            found.append(
+                (max(began, since), min(ended, until), complete, energy, mean, highest)
+            )
     return found
 
 
@@ -461,9 +600,24 @@ def expected_days(rows, since, until, zone):
 def expected_coverage(rows, since, until, floor, length):
     rows = [row for row in rows if since <= row[0] < until]
     pairs = list(itertools.pairwise(rows))
-    gaps = [b[0] - a[0] - length for a, b in pairs if floor is None or abs(a[1]) > floor]
+    gaps = [
+        b[0] - a[0] - length for a, b in pairs if floor is None or abs(a[1]) > floor
+    ]
     resets = sum(b[2] < 0.9 * a[2] for a, b in pairs)
-    return [(rows[0][0], rows[-1][0], len(rows), sum(gaps) / length, max(gaps, default=0), resets)] if rows else []
+    return (
+        [
+            (
+                rows[0][0],
+                rows[-1][0],
+                len(rows),
+                sum(gaps) / length,
+                max(gaps, default=0),
+                resets,
+            )
+        ]
+        if rows
+        else []
+    )
 
 
 def random_rows(chance, length):
@@ -472,7 +626,10 @@ def random_rows(chance, length):
     kept = chance.choice([0.95, 0.95, 0.5])
     for n in range(chance.randrange(20, 200)):
         if chance.random() < 0.2:
-            watts, there = chance.choice([0, 0, 3, 50, 1200, 2000, -500]), chance.random() < 0.7
+            watts, there = (
+                chance.choice([0, 0, 3, 50, 1200, 2000, -500]),
+                chance.random() < 0.7,
+            )
         if chance.random() < 0.03:
             wh = chance.choice([0, wh * 0.999, wh + 30])
         if there and chance.random() < kept:
@@ -492,27 +649,51 @@ def test_random_tables_are_answered_as_plain_python_does(table, seed, length):
         """The answer by device, times as minutes."""
         found = {device: [] for device in tables}
         for device, *row in table.ask(question, f"device_id, {columns}", **given):
-            found[device].append(tuple((x - NOON) / MINUTE if isinstance(x, datetime) else x for x in row))
+            found[device].append(
+                tuple(
+                    (x - NOON) / MINUTE if isinstance(x, datetime) else x for x in row
+                )
+            )
         return found
 
     for _ in range(8):
-        since, until = (600 + length * n + chance.choice([0, 0, 0.4]) for n in sorted(chance.sample(range(-5, 205), 2)))
+        since, until = (
+            600 + length * n + chance.choice([0, 0, 0.4])
+            for n in sorted(chance.sample(range(-5, 205), 2))
+        )
         window = {"since": NOON + minutes(since), "until": NOON + minutes(until)}
-        gap, least, floor = chance.choice([0, 1, 3, 10]), chance.choice([0, 1, 2, 10]), chance.choice([1, 10, 100])
-        zone = chance.choice(["UTC", "Europe/Paris", "America/St_Johns", "Pacific/Chatham"])
+        gap, least, floor = (
+            chance.choice([0, 1, 3, 10]),
+            chance.choice([0, 1, 2, 10]),
+            chance.choice([1, 10, 100]),
+        )
+        zone = chance.choice(
+            ["UTC", "Europe/Paris", "America/St_Johns", "Pacific/Chatham"]
+        )
         off = chance.choice([None, 10])
-        times = {"gap": minutes(gap), "min_duration": minutes(least), "row_length": minutes(length)}
+        times = {
+            "gap": minutes(gap),
+            "min_duration": minutes(least),
+            "row_length": minutes(length),
+        }
         columns = "started_at, ended_at, complete, energy_wh, mean_w, max_w"
         runs = asked("power_cycles", columns, min_power_w=floor, **times, **window)
         days = asked("energy_by_day", "day, energy_wh, rows", zone=zone, **window)
         columns = "first_row, last_row, rows, missing, extract(epoch FROM longest_gap) / 60, resets"
-        missing = asked("coverage", columns, row_length=minutes(length), min_power_w=off, **window)
+        missing = asked(
+            "coverage", columns, row_length=minutes(length), min_power_w=off, **window
+        )
         for device, rows in tables.items():
             case = seed, device, since, until, gap, least, floor, rows
-            either = [expected_runs(rows, since, until, gap, least, floor, length, far) for far in (False, True)]
+            either = [
+                expected_runs(rows, since, until, gap, least, floor, length, far)
+                for far in (False, True)
+            ]
             assert runs[device] in (near(either[0]), near(either[1])), (case, either)
             assert days[device] == near(expected_days(rows, since, until, zone)), case
-            assert missing[device] == expected_coverage(rows, since, until, off, length), case
+            assert missing[device] == expected_coverage(
+                rows, since, until, off, length
+            ), case
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
@@ -522,22 +703,38 @@ def test_names_are_those_of_the_contract_and_the_comment_explains_them(table, qu
         "SELECT proargnames, proargmodes::text[], obj_description(oid, 'pg_proc'), provolatile::text FROM pg_proc WHERE proname = %s",
         [question],
     ).fetchone()
-    assert [name for name, mode in zip(names, modes, strict=True) if mode == "i"] == parameters
-    assert [name for name, mode in zip(names, modes, strict=True) if mode == "t"] == columns
-    assert volatile == "s" and [name for name in columns if not re.search(rf"\b{name}\b", comment)] == []
+    assert [
+        name for name, mode in zip(names, modes, strict=True) if mode == "i"
+    ] == parameters
+    assert [
+        name for name, mode in zip(names, modes, strict=True) if mode == "t"
+    ] == columns
+    assert (
+        volatile == "s"
+        and [name for name in columns if not re.search(rf"\b{name}\b", comment)] == []
+    )
 
 
-@pytest.mark.parametrize("arguments", ["", "since => now() - interval '7 days', until => now()"])
+@pytest.mark.parametrize(
+    "arguments", ["", "since => now() - interval '7 days', until => now()"]
+)
 @pytest.mark.parametrize("question", ORDER)
-def test_what_is_asked_of_one_device_reads_only_its_part_of_the_index(table, question, arguments):
+def test_what_is_asked_of_one_device_reads_only_its_part_of_the_index(
+    table, question, arguments
+):
     table.conn.execute(
         f"INSERT INTO power_logs ({COLUMNS}) SELECT now() - n * interval '1 minute', 'device' || d, 'switch:0', 1, 1, 1, 1"
         " FROM generate_series(1, 1000) n, generate_series(1, 30) d"
     )
     table.conn.execute("ANALYZE power_logs")
-    plan = table.conn.execute(f"EXPLAIN SELECT * FROM {question}({arguments}) WHERE device_id = 'device7'").fetchall()
+    plan = table.conn.execute(
+        f"EXPLAIN SELECT * FROM {question}({arguments}) WHERE device_id = 'device7'"
+    ).fetchall()
     plan = "\n".join(line for (line,) in plan)
-    assert f"Function Scan on {question}" not in plan and "Seq Scan on power_logs" not in plan, plan
+    assert (
+        f"Function Scan on {question}" not in plan
+        and "Seq Scan on power_logs" not in plan
+    ), plan
     assert re.search(r"Index Cond: .*device_id.*'device7'", plan), plan
 
 
@@ -547,7 +744,9 @@ def test_who_may_only_read_the_two_tables_may_ask(table):
     table.conn.execute(f"CREATE ROLE {role}")  # rolled back
     table.conn.execute(f"GRANT SELECT ON power_logs, channel_names TO {role}")
     table.conn.execute(f"SET LOCAL ROLE {role}")
-    assert {question: len(table.ask(question)) for question in QUESTIONS} == dict.fromkeys(QUESTIONS, 1)
+    assert {
+        question: len(table.ask(question)) for question in QUESTIONS
+    } == dict.fromkeys(QUESTIONS, 1)
 
 
 # ---- What was given back on each day.
@@ -569,13 +768,20 @@ def meter(database):
         values = []
         for n, counter in enumerate(counters):
             if counter is not None:
-                values.append((NOON + timedelta(seconds=every_s * n), device_id, *counter))
-        with psycopg.connect(database, autocommit=True) as conn, conn.cursor() as cursor:
+                values.append(
+                    (NOON + timedelta(seconds=every_s * n), device_id, *counter)
+                )
+        with (
+            psycopg.connect(database, autocommit=True) as conn,
+            conn.cursor() as cursor,
+        ):
             cursor.executemany(insert, values)
 
     def energy_by_day(columns, window=WINDOW):
         with psycopg.connect(database) as conn:
-            return conn.execute(f"SELECT {columns} FROM energy_by_day({window}) ORDER BY 1, 2").fetchall()
+            return conn.execute(
+                f"SELECT {columns} FROM energy_by_day({window}) ORDER BY 1, 2"
+            ).fetchall()
 
     put.energy_by_day = energy_by_day
     return put
@@ -591,17 +797,28 @@ def test_energy_by_day_tells_what_was_given_back_in_its_last_column(database, me
         assert cursor.fetchall() == [("a", "em:0:a", NOON.date(), 9.0, 10, 18.0)]
 
 
-def test_a_device_that_says_nothing_of_it_has_null_and_one_that_gives_nothing_back_has_0(meter):
+def test_a_device_that_says_nothing_of_it_has_null_and_one_that_gives_nothing_back_has_0(
+    meter,
+):
     meter([(1000 + n, None) for n in range(5)], "silent")
     meter([(1000 + n, 7.0) for n in range(5)], "none")
-    meter([(1000 + n, None) for n in range(5)] + [(1005 + n, 10.0 * n) for n in range(5)], "new firmware")
+    meter(
+        [(1000 + n, None) for n in range(5)] + [(1005 + n, 10.0 * n) for n in range(5)],
+        "new firmware",
+    )
     found = dict(meter.energy_by_day("device_id, energy_returned_wh"))
     assert found == {"silent": None, "none": 0.0, "new firmware": 40.0}
-    assert dict(meter.energy_by_day("device_id, energy_wh")) == {"silent": 4.0, "none": 4.0, "new firmware": 9.0}
+    assert dict(meter.energy_by_day("device_id, energy_wh")) == {
+        "silent": 4.0,
+        "none": 4.0,
+        "new firmware": 9.0,
+    }
 
 
 @pytest.mark.parametrize(("counter", "wh", "resets"), COUNTERS)
-def test_a_returned_counter_that_falls_or_jumps_is_worth_what_the_drawn_one_would_be(meter, counter, wh, resets):
+def test_a_returned_counter_that_falls_or_jumps_is_worth_what_the_drawn_one_would_be(
+    meter, counter, wh, resets
+):
     meter([value if value is None else (5.0, value) for value in counter])
     assert meter.energy_by_day("energy_wh, energy_returned_wh") == near([(0, wh)])
 
@@ -609,10 +826,16 @@ def test_a_returned_counter_that_falls_or_jumps_is_worth_what_the_drawn_one_woul
 def test_returned_energy_is_given_to_the_same_days_by_the_same_rules(meter):
     rnd, counters, wh = random.Random(1), [], 5000.0
     for _ in range(3000):
-        wh = rnd.choice([0.0, wh * 0.95, wh + 1e6]) if rnd.random() < 0.01 else wh + rnd.uniform(0, 900)
+        wh = (
+            rnd.choice([0.0, wh * 0.95, wh + 1e6])
+            if rnd.random() < 0.01
+            else wh + rnd.uniform(0, 900)
+        )
         counters.append(None if rnd.random() < 0.05 else (wh, wh))
     meter(counters, every_s=300)
     two_days = WINDOW.replace("11-02", "11-05").replace("11-20", "11-07")
     for window in (WINDOW, WINDOW.replace("UTC", "Asia/Kathmandu"), two_days):
         found = meter.energy_by_day("day, energy_wh, energy_returned_wh", window)
-        assert len(found) >= 2 and all(drawn > 0 and returned == drawn for _, drawn, returned in found)
+        assert len(found) >= 2 and all(
+            drawn > 0 and returned == drawn for _, drawn, returned in found
+        )

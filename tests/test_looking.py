@@ -18,16 +18,21 @@ from pathlib import Path
 
 import psycopg
 import pytest
-import shelly_collector as sc
 from prometheus_client.parser import text_string_to_metric_families
+
+import shelly_collector as sc
 from support import (
     DEVICE,
+    EM,
+    EMDATA,
+    METER,
     ROOT,
     device,
     execute,
     feed,
     minute_frame,
     notify,
+    query,
     read_rows,
     taken,
     wait_for,
@@ -47,7 +52,9 @@ def fetch(running, path, headers=None, **parameters):
     parameters = {"token": "look"} | parameters
     url = f"http://127.0.0.1:{running.port}{path}?{urllib.parse.urlencode(parameters)}"
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=15) as response:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers or {}), timeout=15
+        ) as response:
             return response.status, response.headers, response.read()
     except urllib.error.HTTPError as exc:
         with exc:
@@ -56,73 +63,206 @@ def fetch(running, path, headers=None, **parameters):
 
 @pytest.fixture
 async def running(collectors, database):
-    started = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look", COLLECTOR_TOKEN="send").ready()
+    started = await collectors(
+        DATABASE_URL=database, DASHBOARD_TOKEN="look", COLLECTOR_TOKEN="send"
+    ).ready()
     execute(database, ROWS)
     return started
 
 
-async def test_only_the_right_token_opens_page_and_data(running):
-    for path in ("/dashboard", "/dashboard/", "/dashboard/x", "/data/channels.json", "/data/power.csv", "/data/x"):
+async def test_only_the_right_token_opens_the_data(running):
+    for path in (
+        "/data/channels.json",
+        "/data/power.csv",
+        "/data/settings.json",
+        "/data/settings.csv",
+        "/data/x",
+        "/data",
+    ):
         for token in ("", "send", "Look", "look%00", "looklook"):
             status, headers, body = fetch(running, path, token=token)
-            assert (status, headers["Referrer-Policy"]) == (401, "no-referrer") and body.count(b"\n") == 1
-    assert fetch(running, "/dashboard")[0] == fetch(running, "/data/channels.json")[0] == 200
+            assert (status, headers["Referrer-Policy"]) == (
+                401,
+                "no-referrer",
+            ) and body.count(b"\n") == 1
+            assert headers["Cache-Control"] == "no-store" and b"look at" not in body
     assert (
-        fetch(running, "/dashboard/x")[0]
-        == fetch(running, "/data/x.json")[0]
-        == fetch(running, "/data/power.xml")[0]
-        == 404
+        fetch(running, "/data/channels.json")[0]
+        == fetch(running, "/data/settings.json")[0]
+        == 200
     )
+    for path in ("/data/x.json", "/data/power.xml", "/data/power", "/data/"):
+        assert fetch(running, path)[0] == 404
     assert "look" not in running.log.replace("look at:", "")
 
 
-async def test_the_page_may_run_its_own_script_only_and_shows_the_settings_in_force(collectors, database):
+async def test_the_page_needs_no_token_and_may_run_its_own_files_only(running):
+    for token in ({}, {"token": "wrong"}):
+        status, headers, body = fetch(running, "/dashboard", **({"token": ""} | token))
+        assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+        assert body == (ROOT / "page" / "index.html").read_bytes()
+    assert (
+        headers["Referrer-Policy"] == "no-referrer"
+        and headers["X-Content-Type-Options"] == "nosniff"
+    )
+    policy = dict(
+        part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; ")
+    )
+    assert policy == {
+        "default-src": "'none'", "script-src": "'self'", "style-src": "'self'", "connect-src": "'self'", "img-src": "data:",
+        "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'",
+    }  # fmt: skip
+
+
+async def test_each_file_of_the_page_is_served_and_nothing_else(running):
+    types = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+    files = [path for path in (ROOT / "page").iterdir() if path.suffix in types]
+    assert files
+    for path in files:
+        status, headers, body = fetch(running, f"/page/{path.name}", token="")
+        assert (status, headers["Content-Type"]) == (
+            200,
+            f"{types[path.suffix]}; charset=utf-8",
+        )
+        assert body == path.read_bytes() and headers["Cache-Control"] == "no-cache"
+        assert not re.search(rb"(src|href)=.?https?:|@import", body)
+    for path in ("/page", "/page/", "/page/x.js", "/page/../schema.sql", "/page/%2e%2e/schema.sql", "/page//index.html",
+                 "/page/./index.html", "/page/INDEX.HTML", "/pages", "/page/index.html/"):  # fmt: skip
+        assert running.get(path)[0] == 404
+
+
+async def test_a_browser_asks_only_for_files_that_changed(running):
+    status, headers, body = fetch(running, "/page/index.html", token="")
+    etag = headers["ETag"]
+    assert status == 200 and re.fullmatch('"[0-9a-f]{16,}"', etag)
+    for known in (etag, f"W/{etag}", f'"other", {etag}'):
+        status, headers, body = fetch(
+            running, "/page/index.html", {"If-None-Match": known}, token=""
+        )
+        assert (status, body, headers["ETag"], headers["Cache-Control"]) == (
+            304,
+            b"",
+            etag,
+            "no-cache",
+        )
+    assert (
+        fetch(running, "/page/index.html", {"If-None-Match": '"other"'}, token="")[0]
+        == 200
+    )
+    assert fetch(running, "/dashboard", {"If-None-Match": etag}, token="")[0] == 304
+
+
+async def test_files_of_the_page_are_packed_where_that_is_understood(running):
+    plain, packed = (
+        fetch(running, "/dashboard", {"Accept-Encoding": how}, token="")
+        for how in ("identity", "br, gzip")
+    )
+    assert (
+        packed[1]["Content-Encoding"] == "gzip" and plain[1]["Content-Encoding"] is None
+    )
+    assert (
+        gzip.decompress(packed[2]) == plain[2]
+        and packed[1]["Vary"] == plain[1]["Vary"] == "Accept-Encoding"
+    )
+    assert running.get("/dashboard", "HEAD") == (200, "")
+
+
+async def test_the_settings_in_force_are_data(collectors, database):
     env = {
         "PRICE_PER_KWH": "0,2516 EUR",
         "MIN_POWER_W": "25",
         "DEFAULT_DAYS_HISTORY": "90",
         "PUBLIC_URL": "https://x.example/a",
     }
-    running = collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look", COLLECTOR_TOKEN="</script>", **env)
-    await running.ready()
-    status, headers, body = fetch(running, "/dashboard")
-    page = body.decode()
-    assert (status, headers["Content-Type"], headers["X-Content-Type-Options"]) == (
-        200,
-        "text/html; charset=utf-8",
-        "nosniff",
+    running = collectors(
+        DATABASE_URL=database,
+        DASHBOARD_TOKEN="look",
+        COLLECTOR_TOKEN="</script>",
+        **env,
     )
-    policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
-    for tag in ("script", "style"):
-        (nonce,) = re.findall(f'<{tag} nonce="([0-9a-f]{{32}})">', page)
-        assert policy[f"{tag}-src"] == f"'nonce-{nonce}'"
-    assert nonce not in fetch(running, "/dashboard")[2].decode()
-    assert policy["default-src"] == "'none'" and policy["connect-src"] == "'self'"
-    assert len(body) < 60_000 and not re.search(r"(src|href)=.?https?:|@import", page)
-    (told,) = re.findall(r'<script type="application/json" id="settings">(.*?)</script>', page)
-    assert json.loads(told) == {
+    await running.ready()
+    status, headers, body = fetch(running, "/data/settings.json")
+    assert (status, headers["Content-Type"], headers["Cache-Control"]) == (
+        200,
+        "application/json",
+        "no-store",
+    )
+    expected = {
         "default_days_history": 90, "gap_threshold_minutes": 3, "min_cycle_duration_minutes": 2, "min_power_w": 25,
         "throttle_interval_seconds": 86400, "price_per_kwh": "0,2516 EUR", "device_url": "wss://x.example/a/ws?token=…",
     }  # fmt: skip
+    assert json.loads(body) == expected
+    status, headers, body = fetch(running, "/data/settings.csv")
+    assert (status, headers["Content-Type"]) == (200, "text/csv; charset=utf-8")
+    assert (
+        body.decode()
+        == ",".join(expected)
+        + '\r\n90,3,2,25,86400,"0,2516 EUR","wss://x.example/a/ws?token=…"\r\n'
+    )
+    body = fetch(running, "/data/settings.csv", excel="1")[2]
+    assert (
+        body.startswith(b"\xef\xbb\xbfdefault_days_history;gap")
+        and body.count(b"\r\n") == 2
+    )
+    assert fetch(running, "/data/settings.json", since="now")[::2] == (
+        400,
+        b"since is no parameter of settings.json\n",
+    )
 
 
-async def test_a_token_is_made_once_and_kept_for_oneself_and_shown_as_a_link(collectors, database, tmp_path):
+async def test_the_settings_are_told_while_the_database_is_away(collectors):
+    running = collectors(
+        DATABASE_URL="postgresql://nobody@127.0.0.1:1/x", DASHBOARD_TOKEN="look"
+    )
+    await running.ready("unreachable")
+    assert json.loads(fetch(running, "/data/settings.json")[2])["price_per_kwh"] is None
+    assert fetch(running, "/data/channels.json")[::2] == (
+        503,
+        b"No answer: the database is away\n",
+    )
+
+
+async def test_a_token_is_made_once_and_kept_for_oneself_and_shown_as_a_link(
+    collectors, database, tmp_path
+):
     running = await collectors(tmp_path, DATABASE_URL=database).ready()
-    (token,) = re.findall(rf"look at: http://127.0.0.1:{running.port}/dashboard\?token=([0-9a-f]{{32}})\n", running.log)
+    (token,) = re.findall(
+        rf"look at: http://127.0.0.1:{running.port}/dashboard\?token=([0-9a-f]{{32}})\n",
+        running.log,
+    )
     kept = tmp_path / "data" / "dashboard-token"
-    assert stat.S_IMODE(kept.stat().st_mode) == 0o600 and kept.read_text() == f"{token}\n"
+    assert (
+        stat.S_IMODE(kept.stat().st_mode) == 0o600 and kept.read_text() == f"{token}\n"
+    )
     checked = subprocess.run([sys.executable, ROOT / "shelly_collector.py", "--check"], cwd=tmp_path, env=running.env, capture_output=True, text=True)  # fmt: skip
-    assert f"look at: http://127.0.0.1:{running.port}/dashboard?token={token}\n" in checked.stdout
-    assert fetch(running, "/dashboard", token=token)[0] == 200 and fetch(running, "/dashboard", token="")[0] == 401
+    assert (
+        f"look at: http://127.0.0.1:{running.port}/dashboard?token={token}\n"
+        in checked.stdout
+    )
+    opened = (
+        fetch(running, "/data/settings.json", token=token)[0],
+        fetch(running, "/data/settings.json", token="")[0],
+    )
+    assert opened == (200, 401)
     await running.stop()
-    kept.write_text("")  # cut off by a full disk: an empty secret must not open the door
+    kept.write_text(
+        ""
+    )  # cut off by a full disk: an empty secret must not open the door
     await (await running.again()).ready()
-    assert fetch(running, "/dashboard", token="")[0] == 401
-    assert re.findall("token=([0-9a-f]{32})\n", running.log)[1] == kept.read_text().strip() != token
+    assert fetch(running, "/data/settings.json", token="")[0] == 401
+    assert (
+        re.findall("token=([0-9a-f]{32})\n", running.log)[1]
+        == kept.read_text().strip()
+        != token
+    )
 
 
-async def test_a_token_may_hold_a_blank_or_a_plus_however_the_url_writes_it(collectors, database):
-    running = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="my pass+word").ready()
+async def test_a_token_may_hold_a_blank_or_a_plus_however_the_url_writes_it(
+    collectors, database
+):
+    running = await collectors(
+        DATABASE_URL=database, DASHBOARD_TOKEN="my pass+word"
+    ).ready()
     for written, status in (
         ("my%20pass%2Bword", 200),
         ("my+pass%2Bword", 200),
@@ -132,11 +272,15 @@ async def test_a_token_may_hold_a_blank_or_a_plus_however_the_url_writes_it(coll
         assert running.get(f"/data/channels.json?token={written}")[0] == status
 
 
-async def test_check_makes_no_token_and_shows_a_set_one_as_a_link_alone(tmp_path, database):
+async def test_check_makes_no_token_and_shows_a_set_one_as_a_link_alone(
+    tmp_path, database
+):
     def check(**env):
         base = {"PATH": os.environ["PATH"], "DATABASE_URL": database, "PORT": "1"}
         command = [sys.executable, ROOT / "shelly_collector.py", "--check"]
-        return subprocess.run(command, cwd=tmp_path, env=base | env, capture_output=True, text=True).stdout
+        return subprocess.run(
+            command, cwd=tmp_path, env=base | env, capture_output=True, text=True
+        ).stdout
 
     assert "look at: " in check() and not (tmp_path / "data").exists()
     shown = check(DASHBOARD_TOKEN="a b&c", PUBLIC_URL="https://x.example")
@@ -145,28 +289,56 @@ async def test_check_makes_no_token_and_shows_a_set_one_as_a_link_alone(tmp_path
 
 
 @pytest.mark.parametrize("name", ["channels", "power", "cycles", "energy", "coverage"])
-async def test_json_holds_the_rows_of_the_function_under_its_own_names(running, database, name):
-    function = {"power": "power_series", "cycles": "power_cycles", "energy": "energy_by_day"}.get(name, name)
+async def test_json_holds_the_rows_of_the_function_under_its_own_names(
+    running, database, name
+):
+    function = {
+        "power": "power_series",
+        "cycles": "power_cycles",
+        "energy": "energy_by_day",
+    }.get(name, name)
     parameters = {} if name == "channels" else WINDOW
     called = ", ".join(f"{key} => %({key})s" for key in parameters)
     with psycopg.connect(database) as conn:
         conn.execute("SET TimeZone = 'UTC'")
         found = conn.execute(
-            f"SELECT to_jsonb(r) FROM {function}({called}) r ORDER BY device_id", parameters
+            f"SELECT to_jsonb(r) FROM {function}({called}) r ORDER BY device_id",
+            parameters,
         ).fetchall()
-    expected = [row[0] | ({"longest_gap": 0} if name == "coverage" else {}) for row in found]
-    if name in ("cycles", "coverage"):  # rows of a day, as the setting in force says, are taken back to a minute's
+    expected = [
+        row[0] | ({"longest_gap": 0} if name == "coverage" else {}) for row in found
+    ]
+    if name in (
+        "cycles",
+        "coverage",
+    ):  # rows of a day, as the setting in force says, are taken back to a minute's
         parameters = parameters | {"row_length": "60"}
     status, headers, body = fetch(running, f"/data/{name}.json", **parameters)
-    assert (status, headers["Content-Type"], json.loads(body)) == (200, "application/json", expected) and expected
-    only = json.loads(fetch(running, f"/data/{name}.json", **parameters, device="b", channel="switch:0")[2])
+    assert (status, headers["Content-Type"], json.loads(body)) == (
+        200,
+        "application/json",
+        expected,
+    ) and expected
+    only = json.loads(
+        fetch(
+            running, f"/data/{name}.json", **parameters, device="b", channel="switch:0"
+        )[2]
+    )
     assert only == [row for row in expected if row["device_id"] == "b"]
-    assert json.loads(fetch(running, f"/data/{name}.json", **parameters, device="c")[2]) == []
+    assert (
+        json.loads(fetch(running, f"/data/{name}.json", **parameters, device="c")[2])
+        == []
+    )
 
 
 async def test_csv_opens_in_a_spreadsheet_and_holds_no_formula(running):
-    status, headers, body = fetch(running, "/data/cycles.csv", row_length="60", **WINDOW)
-    assert (status, headers["Content-Type"]) == (200, "text/csv; charset=utf-8") and body.count(b"\r\n") == 3
+    status, headers, body = fetch(
+        running, "/data/cycles.csv", row_length="60", **WINDOW
+    )
+    assert (status, headers["Content-Type"]) == (
+        200,
+        "text/csv; charset=utf-8",
+    ) and body.count(b"\r\n") == 3
     table = list(csv.reader(io.StringIO(body.decode(), newline="")))
     assert (
         table[0]
@@ -175,14 +347,25 @@ async def test_csv_opens_in_a_spreadsheet_and_holds_no_formula(running):
     assert table[1][0] == "'=1+1" and table[2] == [
         "b", "switch:0", "2026-11-20 10:05:00+00", "2026-11-20 10:20:00+00", "false", "true", "301.875", "1200.5", "1200.5", "5.25", "230"
     ]  # fmt: skip
-    body = fetch(running, "/data/cycles.csv", row_length="60", excel="1", zone="Europe/Paris", **WINDOW)[2]
+    body = fetch(
+        running,
+        "/data/cycles.csv",
+        row_length="60",
+        excel="1",
+        zone="Europe/Paris",
+        **WINDOW,
+    )[2]
     assert body.startswith(b"\xef\xbb\xbfdevice_id;channel;")
     assert (
         body.decode()
         .splitlines()[2]
-        .startswith('"b";"switch:0";2026-11-20 11:05:00;2026-11-20 11:20:00;false;true;301,875;1200,5;')
+        .startswith(
+            '"b";"switch:0";2026-11-20 11:05:00;2026-11-20 11:20:00;false;true;301,875;1200,5;'
+        )
     )
-    assert fetch(running, "/data/coverage.csv", row_length="60", **WINDOW)[2].endswith(b",30,0,0,0\r\n")
+    assert fetch(running, "/data/coverage.csv", row_length="60", **WINDOW)[2].endswith(
+        b",30,0,0,0\r\n"
+    )
     assert (
         fetch(running, "/data/energy.csv", device="none")[2]
         == b"device_id,channel,day,energy_wh,rows,energy_returned_wh\r\n"
@@ -197,21 +380,43 @@ async def test_csv_opens_in_a_spreadsheet_and_holds_no_formula(running):
     ("energy", "zone", "Mars/Olympus"), ("energy", "zone", "Europe/Paris'"), ("power", "gap", "60"), ("channels", "since", "now"),
     ("power", "limit", "1"), ("power", "excel", "1"), ("power", "Since", "now"), ("power", "since", "2026-11-20\0"),
 ])  # fmt: skip
-async def test_a_parameter_that_makes_no_sense_is_named(running, name, parameter, value):
+async def test_a_parameter_that_makes_no_sense_is_named(
+    running, name, parameter, value
+):
     status, headers, body = fetch(running, f"/data/{name}.json", **{parameter: value})
-    assert (status, headers["Content-Type"], body.count(b"\n")) == (400, "text/plain; charset=utf-8", 1)
-    assert re.match(rf"{parameter} (makes no sense|is no parameter of {name}.json)", body.decode()), body
+    assert (status, headers["Content-Type"], body.count(b"\n")) == (
+        400,
+        "text/plain; charset=utf-8",
+        1,
+    )
+    assert re.match(
+        rf"{parameter} (makes no sense|is no parameter of {name}.json)", body.decode()
+    ), body
 
 
-async def test_the_settings_in_force_are_the_defaults_of_a_question(collectors, database):
-    env = {"MIN_POWER_W": "1300", "THROTTLE_INTERVAL_SECONDS": "1", "DEFAULT_DAYS_HISTORY": "2"}
-    running = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look", **env).ready()
+async def test_the_settings_in_force_are_the_defaults_of_a_question(
+    collectors, database
+):
+    env = {
+        "MIN_POWER_W": "1300",
+        "THROTTLE_INTERVAL_SECONDS": "1",
+        "DEFAULT_DAYS_HISTORY": "2",
+    }
+    running = await collectors(
+        DATABASE_URL=database, DASHBOARD_TOKEN="look", **env
+    ).ready()
     execute(
-        database, ROWS.replace("'2026-11-20 10:00+00'::timestamptz", "date_trunc('minute', now() - INTERVAL '1 hour')")
+        database,
+        ROWS.replace(
+            "'2026-11-20 10:00+00'::timestamptz",
+            "date_trunc('minute', now() - INTERVAL '1 hour')",
+        ),
     )
 
     def ask(name, **parameters):
-        return json.loads(fetch(running, f"/data/{name}.json", device="b", **parameters)[2])
+        return json.loads(
+            fetch(running, f"/data/{name}.json", device="b", **parameters)[2]
+        )
 
     execute(
         database,
@@ -224,14 +429,20 @@ async def test_the_settings_in_force_are_the_defaults_of_a_question(collectors, 
     assert (cover["missing"], cover["rows"]) == (0, 29)
     assert ask("coverage", min_power_w="-0")[0]["missing"] == 0
     execute(database, "UPDATE power_logs SET timestamp = timestamp - INTERVAL '3 days'")
-    assert ask("cycles", min_power_w="10") == [] and len(ask("cycles", min_power_w="10", since="2026-01-01")) == 1
+    assert (
+        ask("cycles", min_power_w="10") == []
+        and len(ask("cycles", min_power_w="10", since="2026-01-01")) == 1
+    )
 
 
 async def test_answers_are_packed_where_that_is_understood(running):
     plain, packed = (
-        fetch(running, "/data/power.json", {"Accept-Encoding": how}, **WINDOW) for how in ("identity", "br, gzip")
+        fetch(running, "/data/power.json", {"Accept-Encoding": how}, **WINDOW)
+        for how in ("identity", "br, gzip")
     )
-    assert packed[1]["Content-Encoding"] == "gzip" and plain[1]["Content-Encoding"] is None
+    assert (
+        packed[1]["Content-Encoding"] == "gzip" and plain[1]["Content-Encoding"] is None
+    )
     assert gzip.decompress(packed[2]) == plain[2] and len(packed[2]) < len(plain[2]) / 4
     status, text = running.get("/data/power.json?token=look", "HEAD")
     assert (status, text) == (200, "")
@@ -244,16 +455,24 @@ async def test_a_question_without_an_answer_is_one_line(running, database):
     began = time.monotonic()
     status, _, body = await asyncio.to_thread(fetch, running, "/data/channels.json")
     assert (
-        status == 503 and body.startswith(b"Too much") and 4 < time.monotonic() - began < 7.5
+        status == 503
+        and body.startswith(b"Too much")
+        and 4 < time.monotonic() - began < 7.5
     )  # by the server, not by us
-    execute(database, "DROP FUNCTION power_answer")
+    execute(database, "DROP FUNCTION power_series")
     status, _, body = fetch(running, "/data/power.json")
-    assert status == 503 and b"power_answer" in body and body.count(b"\n") == 1
-    assert (await running.health())["database"] == "connected" and "unreachable" not in running.log
+    assert status == 503 and b"power_series" in body and body.count(b"\n") == 1
+    assert (await running.health())[
+        "database"
+    ] == "connected" and "unreachable" not in running.log
 
 
-async def test_a_database_that_is_away_is_said_at_once_and_what_is_asked_after_it_is_answered(collectors, own_postgres):
-    running = await collectors(DATABASE_URL=own_postgres.url, DASHBOARD_TOKEN="look").ready()
+async def test_a_database_that_is_away_is_said_at_once_and_what_is_asked_after_it_is_answered(
+    collectors, own_postgres
+):
+    running = await collectors(
+        DATABASE_URL=own_postgres.url, DASHBOARD_TOKEN="look"
+    ).ready()
     assert fetch(running, "/data/channels.json")[0] == 200
     own_postgres.stop()
     async with device(running.url) as peer:
@@ -267,15 +486,71 @@ async def test_a_database_that_is_away_is_said_at_once_and_what_is_asked_after_i
     assert status == 200 and [row["device_id"] for row in json.loads(body)] == [DEVICE]
 
 
+async def test_rows_of_times_and_numbers_that_python_or_json_lack_are_answered(
+    running, database
+):
+    row = "('{0}', '{0}', 'switch:0', '{1}', 230, 1, 1)"
+    rows = [
+        row.format(*one)
+        for one in (
+            ("infinity", "NaN"),
+            ("0044-03-15 12:00 BC", "1"),
+            ("12026-11-20 10:00+02", "2"),
+        )
+    ]
+    columns = (
+        "timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh"
+    )
+    execute(
+        database,
+        f"DELETE FROM power_logs; INSERT INTO power_logs ({columns}) VALUES {', '.join(rows)}",
+    )
+    status, _, body = fetch(running, "/data/channels.json")
+    assert status == 200 and [(row["timestamp"], row["apower_w"]) for row in json.loads(body)] == [
+        ("0044-03-15T12:00:00+00:00 BC", 1), ("12026-11-20T08:00:00+00:00", 2), ("infinity", None)
+    ]  # fmt: skip
+    status, _, body = fetch(running, "/data/channels.csv")
+    assert (
+        status == 200 and body.count(b"\r\n") == 4 and b'"switch:0",,infinity,,' in body
+    )
+
+
+async def test_no_setting_of_the_role_changes_an_answer(collectors, database):
+    execute(database, (ROOT / "schema.sql").read_bytes(), ROWS)
+    plain = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look").ready()
+    paths = [
+        f"/data/{name}.{form}"
+        for name in ("power", "cycles", "energy", "coverage")
+        for form in ("json", "csv")
+    ]
+    before = [
+        fetch(plain, path, since="2026-11-20", until="2026-11-21")[2] for path in paths
+    ]
+    name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
+    for setting in ("DateStyle = 'SQL, DMY'", "IntervalStyle = 'iso_8601'", "TimeZone = 'Asia/Kolkata'",
+                    "extra_float_digits = -10", "standard_conforming_strings = off"):  # fmt: skip
+        execute(database, f"ALTER DATABASE {name} SET {setting}")
+    altered = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look").ready()
+    assert [
+        fetch(altered, path, since="2026-11-20", until="2026-11-21")[2]
+        for path in paths
+    ] == before
+
+
 async def test_looking_writes_nothing(running, database):
     execute(database, "CREATE OR REPLACE FUNCTION newest_rows() RETURNS TABLE (device_id TEXT, channel TEXT, name TEXT,"
                       ' "timestamp" TIMESTAMPTZ, apower_w FLOAT, energy_total_wh FLOAT) LANGUAGE sql AS'
                       " 'DELETE FROM power_logs RETURNING device_id, channel, NULL, timestamp, apower_w, energy_total_wh'")  # fmt: skip
-    assert fetch(running, "/data/channels.json")[0] == 503 and len(read_rows(database)) == 60
+    assert (
+        fetch(running, "/data/channels.json")[0] == 503
+        and len(read_rows(database)) == 60
+    )
 
 
 async def test_eight_clients_that_ask_for_everything_delay_no_row(collectors, database):
-    running = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look", THROTTLE_INTERVAL_SECONDS="0.1").ready()
+    running = await collectors(
+        DATABASE_URL=database, DASHBOARD_TOKEN="look", THROTTLE_INTERVAL_SECONDS="0.1"
+    ).ready()
     execute(database, ROWS.replace("generate_series(0, 29)", "generate_series(0, 60000)").replace("20 10:00", "01 10:00")
                           .replace("=1+1,b", "a,b,c,d,e,f"), "VACUUM ANALYZE power_logs")  # fmt: skip
     stop, answered = asyncio.Event(), []
@@ -286,7 +561,11 @@ async def test_eight_clients_that_ask_for_everything_delay_no_row(collectors, da
             with suppress(OSError):
                 name = names[number % 4]
                 status, _, _ = await asyncio.to_thread(
-                    fetch, running, f"/data/{name}.json", since="2026-11-01", until="2027-11-01"
+                    fetch,
+                    running,
+                    f"/data/{name}.json",
+                    since="2026-11-01",
+                    until="2027-11-01",
                 )
                 answered.append(status)
 
@@ -295,12 +574,17 @@ async def test_eight_clients_that_ask_for_everything_delay_no_row(collectors, da
         await wait_for(lambda: 200 in answered, 30)
         late = []
         async with device(running.url) as peer, AsyncExitStack() as stack:
-            conn = await stack.enter_async_context(await psycopg.AsyncConnection.connect(database, autocommit=True))
+            conn = await stack.enter_async_context(
+                await psycopg.AsyncConnection.connect(database, autocommit=True)
+            )
             for number in range(20):
                 began = time.monotonic()
                 await peer.send(minute_frame(f"row-{number}"))
                 while not await (
-                    await conn.execute("SELECT 1 FROM power_logs WHERE device_id = %s", [f"row-{number}"])
+                    await conn.execute(
+                        "SELECT 1 FROM power_logs WHERE device_id = %s",
+                        [f"row-{number}"],
+                    )
                 ).fetchone():
                     assert time.monotonic() - began < 15
                 late.append(time.monotonic() - began)
@@ -317,7 +601,9 @@ async def test_metrics_are_those_that_prometheus_reads(running, database):
         await wait_for_rows(database, 61)
         await wait_for(lambda: "rows_written_total 1" in running.get("/metrics")[1])
         status, headers, body = fetch(running, "/metrics", token="")
-    assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    assert status == 200 and headers["Content-Type"].startswith(
+        "text/plain; version=0.0.4"
+    )
     found = {
         sample.name: sample.value
         for family in text_string_to_metric_families(body.decode())
@@ -333,32 +619,45 @@ async def test_metrics_are_those_that_prometheus_reads(running, database):
 
 
 async def test_health_tells_of_a_channel_that_has_gone_silent(collectors, database):
-    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="60").ready()
+    running = await collectors(
+        DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="60"
+    ).ready()
     assert running.get("/health?silent=600")[0] == 200
     async with device(running.url) as peer:
-        await peer.send(minute_frame() | {"received": time.time() - 1200}, minute_frame("b"))
+        await peer.send(
+            minute_frame() | {"received": time.time() - 1200}, minute_frame("b")
+        )
         await wait_for_rows(database, 2)
         status, text = running.get("/health?silent=600")
         assert (
-            status == 503 and text.startswith("Shelly WS collector running\n") and text.endswith("channels silent: 1\n")
+            status == 503
+            and text.startswith("Shelly WS collector running\n")
+            and text.endswith("channels silent: 1\n")
         )
         assert running.get("/health")[0] == running.get("/health?silent=1800")[0] == 200
         await peer.send(minute_frame(apower=1.0))
         await wait_for_rows(database, 3)
         assert running.get("/health?silent=600")[0] == 200
-        await peer.send(minute_frame("c") | {"received": time.time() - 24.5 * 3600})  # dead for a day: known to be so
+        await peer.send(
+            minute_frame("c") | {"received": time.time() - 24.5 * 3600}
+        )  # dead for a day: known to be so
         await wait_for_rows(database, 4)
         assert running.get("/health?silent=600")[0] == 200
     for nonsense in ("soon", "-1", "9" * 5000, "٣"):
         assert running.get(f"/health?silent={urllib.parse.quote(nonsense)}")[0] == 400
-    assert running.get("/health?silent=soon") == (400, "silent makes no sense: it is a number of seconds\n")
+    assert running.get("/health?silent=soon") == (
+        400,
+        "silent makes no sense: it is a number of seconds\n",
+    )
 
 
 async def test_frames_that_a_filter_held_back_land_in_the_minute_they_came_in(make):
     collector, now = make(), 1_795_435_200.0
     minutes = [1440, 1439, 3, 0, -5]
     for minute in minutes:  # a filter's clock that runs ahead means now
-        feed(collector, minute_frame() | {"received": now + 0.5 - minute * 60}, now + 0.5)
+        feed(
+            collector, minute_frame() | {"received": now + 0.5 - minute * 60}, now + 0.5
+        )
     assert [now - row.time for row in taken(collector)] == [86_400, 86_340, 180, 0]
     with pytest.raises(ValueError, match="25 hours"):
         feed(collector, minute_frame() | {"received": now - 25 * 3600 - 1}, now)
@@ -372,10 +671,16 @@ async def test_a_frame_held_back_changes_nothing_of_what_is_known_since(make):
     feed(collector, minute_frame(apower=1.0), now)
     feed(collector, minute_frame(apower=2000.0) | {"received": now - 3600}, now + 1)
     feed(
-        collector, notify({"switch:0": {"apower": 3000.0}}) | {"received": now - 1800}, now + 2
+        collector,
+        notify({"switch:0": {"apower": 3000.0}}) | {"received": now - 1800},
+        now + 2,
     )  # lacks the counter of then
     feed(collector, notify({"switch:0": {"voltage": 229.0}}), now + 60)
-    assert [(row.time - now, row.apower_w) for row in taken(collector)] == [(0, 1.0), (-3600, 2000.0), (60, 1.0)]
+    assert [(row.time - now, row.apower_w) for row in taken(collector)] == [
+        (0, 1.0),
+        (-3600, 2000.0),
+        (60, 1.0),
+    ]
     assert collector.channels[DEVICE + "switch:0"].heard == now + 60
     # The row that waited for its other values does not get them from a frame of another time, and is not lost.
     feed(collector, minute_frame(apower=5.0) | {"received": now - 600}, now + 61)
@@ -384,32 +689,68 @@ async def test_a_frame_held_back_changes_nothing_of_what_is_known_since(make):
     ]  # fmt: skip
 
 
-async def test_a_row_of_frames_held_back_waits_no_longer_than_another(collectors, database):
-    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="0.5").ready()
+async def test_a_row_of_frames_held_back_waits_no_longer_than_another(
+    collectors, database
+):
+    running = await collectors(
+        DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="0.5"
+    ).ready()
     async with device(running.url) as peer:
         await peer.send(minute_frame())
-        await peer.send(notify({"switch:0": {"apower": 7.0}}) | {"received": time.time() - 3600})
+        await peer.send(
+            notify({"switch:0": {"apower": 7.0}}) | {"received": time.time() - 3600}
+        )
         await wait_for_rows(database, 2)
-    assert sorted(read_rows(database, "apower_w, voltage_v")) == [(7.0, 0.0), (433.8, 228.2)]
-    assert "reports no voltage_v, current_a, energy_total_wh: stored as 0" in running.log
+    assert sorted(read_rows(database, "apower_w, voltage_v")) == [
+        (7.0, 0.0),
+        (433.8, 228.2),
+    ]
+    assert (
+        "reports no voltage_v, current_a, energy_total_wh: stored as 0" in running.log
+    )
 
 
-async def test_of_frames_held_back_the_first_after_a_run_is_kept_too_with_min_power(make):
+async def test_of_frames_held_back_the_first_after_a_run_is_kept_too_with_min_power(
+    make,
+):
     collector, now = make(MIN_POWER_W="10"), 1_795_435_200.0
-    feed(collector, notify(minute_frame(apower=0.0)["params"], method="NotifyFullStatus"), now)
+    feed(
+        collector,
+        notify(minute_frame(apower=0.0)["params"], method="NotifyFullStatus"),
+        now,
+    )
     for minute, power in enumerate((0, 500, 500, 0, 0)):
-        feed(collector, minute_frame(apower=power) | {"received": now - 600 + 60 * minute}, now + 1)
-    assert [(row.time - now, row.apower_w) for row in taken(collector)] == [(-540, 500), (-480, 500), (-420, 0)]
+        feed(
+            collector,
+            minute_frame(apower=power) | {"received": now - 600 + 60 * minute},
+            now + 1,
+        )
+    assert [(row.time - now, row.apower_w) for row in taken(collector)] == [
+        (-540, 500),
+        (-480, 500),
+        (-420, 0),
+    ]
     assert collector.channels[DEVICE + "switch:0"].heard == now
 
 
-async def test_names_follow_the_device_and_an_owners_own_name_wins(collectors, database):
-    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="60").ready()
-    status = {"id": 2, "src": DEVICE, "dst": "collector", "result": minute_frame()["params"]}
+async def test_names_follow_the_device_and_an_owners_own_name_wins(
+    collectors, database
+):
+    running = await collectors(
+        DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="60"
+    ).ready()
+    status = {
+        "id": 2,
+        "src": DEVICE,
+        "dst": "collector",
+        "result": minute_frame()["params"],
+    }
 
     def names():
         with psycopg.connect(database) as conn:
-            return conn.execute("SELECT channel, device_says, name FROM channel_names ORDER BY channel").fetchall()
+            return conn.execute(
+                "SELECT channel, device_says, name FROM channel_names ORDER BY channel"
+            ).fetchall()
 
     async def say(device_name, name):
         async with device(running.url) as peer:
@@ -420,51 +761,90 @@ async def test_names_follow_the_device_and_an_owners_own_name_wins(collectors, d
                 "switch:0": {"id": 0, "name": name},
                 "wifi": {"ap": {}},
             }
-            await peer.send({"id": 3, "src": DEVICE, "dst": "collector", "result": config}, minute_frame(), status)
-            await wait_for(lambda: names()[:1] and names()[0][1] == device_name and names()[1][1] == name)
+            await peer.send(
+                {"id": 3, "src": DEVICE, "dst": "collector", "result": config},
+                minute_frame(),
+                status,
+            )
+            await wait_for(
+                lambda: (
+                    names()[:1]
+                    and names()[0][1] == device_name
+                    and names()[1][1] == name
+                )
+            )
             with pytest.raises(TimeoutError):  # asked once only
                 await asyncio.wait_for(peer.websocket.recv(), 0.2)
 
     await say("Cellar", HOSTILE)
-    execute(database, "UPDATE channel_names SET name = 'Pump' WHERE channel = 'switch:0'")
+    execute(
+        database, "UPDATE channel_names SET name = 'Pump' WHERE channel = 'switch:0'"
+    )
     await say(None, "Old pump")
     assert names() == [("", None, None), ("switch:0", "Old pump", "Pump")]
-    (shown,) = json.loads(fetch(running, "/data/channels.json", token=look_token(running))[2])
-    assert (shown["name"], shown["device_name"], shown["apower_w"]) == ("Pump", None, 433.8)
-    assert len(read_rows(database)) in (1, 2)  # its configuration is no status: no values were taken away
+    (shown,) = json.loads(
+        fetch(running, "/data/channels.json", token=look_token(running))[2]
+    )
+    assert (shown["name"], shown["device_name"], shown["apower_w"]) == (
+        "Pump",
+        None,
+        433.8,
+    )
+    assert len(read_rows(database)) in (
+        1,
+        2,
+    )  # its configuration is no status: no values were taken away
 
 
 def look_token(running):
     return Path(running.folder, "data", "dashboard-token").read_text().strip()
 
 
-async def test_names_that_a_busy_database_does_not_take_are_written_later(collectors, database):
+async def test_names_that_a_busy_database_does_not_take_are_written_later(
+    collectors, database
+):
     running = await collectors(DATABASE_URL=database).ready()
     async with device(running.url) as peer:
         with psycopg.connect(database) as conn:
             conn.execute("LOCK TABLE channel_names")
-            await peer.send({"id": 2, "src": DEVICE, "result": minute_frame()["params"]})
+            await peer.send(
+                {"id": 2, "src": DEVICE, "result": minute_frame()["params"]}
+            )
             assert await peer.websocket.recv() == sc.GET_CONFIG
             await peer.send(
                 {
                     "id": 3,
                     "src": DEVICE,
-                    "result": {"switch:0": {"name": "Pump"}, "switch:1": 7, "input:0": {"name": "x"}},
+                    "result": {
+                        "switch:0": {"name": "Pump"},
+                        "switch:1": 7,
+                        "input:0": {"name": "x"},
+                    },
                 }
             )
             await wait_for(lambda: "WARNING note_names has failed" in running.log)
         said = "SELECT channel, device_says FROM channel_names"
         with psycopg.connect(database, autocommit=True) as conn:
-            assert await wait_for(lambda: conn.execute(said).fetchall()) == [("switch:0", "Pump")]
+            assert await wait_for(lambda: conn.execute(said).fetchall()) == [
+                ("switch:0", "Pump")
+            ]
 
 
-async def test_names_that_cannot_be_written_are_a_warning_and_rows_go_on(collectors, database):
+async def test_names_that_cannot_be_written_are_a_warning_and_rows_go_on(
+    collectors, database
+):
     running = await collectors(DATABASE_URL=database).ready()
     execute(database, "DROP TABLE channel_names CASCADE")
     async with device(running.url) as peer:
         await peer.send({"id": 2, "src": DEVICE, "result": minute_frame()["params"]})
         assert await peer.websocket.recv() == sc.GET_CONFIG
-        await peer.send({"id": 3, "src": DEVICE, "result": {"switch:0": {"name": "Pump"}, "switch:1": None}})
+        await peer.send(
+            {
+                "id": 3,
+                "src": DEVICE,
+                "result": {"switch:0": {"name": "Pump"}, "switch:1": None},
+            }
+        )
         await wait_for(lambda: "WARNING note_names has failed" in running.log)
         await peer.send(minute_frame(channel=1))
         await wait_for_rows(database, 2)
@@ -474,17 +854,22 @@ async def test_names_that_cannot_be_written_are_a_warning_and_rows_go_on(collect
 async def test_behind_a_filter_no_names_are_asked_for(collectors, database):
     running = await collectors(DATABASE_URL=database).ready()
     async with device(running.url) as peer:
-        await peer.send(notify(minute_frame()["params"], method="NotifyFullStatus"), minute_frame(channel=1))
+        await peer.send(
+            notify(minute_frame()["params"], method="NotifyFullStatus"),
+            minute_frame(channel=1),
+        )
         await wait_for_rows(database, 2)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(peer.websocket.recv(), 0.2)
 
 
-async def test_rows_older_than_retention_go_but_none_when_the_clock_is_wrong(collectors, database):
+async def test_rows_older_than_retention_go_but_none_when_the_clock_is_wrong(
+    collectors, database
+):
     execute(database, (ROOT / "schema.sql").read_bytes())
-    old = ROWS.replace("'2026-11-20 10:00+00'::timestamptz", "now() - INTERVAL '50 days'").replace(
-        "(0, 29)", "(0, 5999)"
-    )
+    old = ROWS.replace(
+        "'2026-11-20 10:00+00'::timestamptz", "now() - INTERVAL '50 days'"
+    ).replace("(0, 29)", "(0, 5999)")
     execute(database, old)
     running = await collectors(DATABASE_URL=database, RETENTION_DAYS="30").ready()
     seen = set()
@@ -503,8 +888,12 @@ async def test_rows_older_than_retention_go_but_none_when_the_clock_is_wrong(col
     assert "has failed" not in running.log
 
 
-async def test_a_day_of_a_simulated_house_becomes_rows_within_seconds(collectors, database):
-    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="60").ready()
+async def test_a_day_of_a_simulated_house_becomes_rows_within_seconds(
+    collectors, database
+):
+    running = await collectors(
+        DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="60"
+    ).ready()
     command = [
         sys.executable,
         ROOT / "tests" / "simulated_device.py",
@@ -519,23 +908,33 @@ async def test_a_day_of_a_simulated_house_becomes_rows_within_seconds(collectors
     assert await played.wait() == 0
     await wait_for(lambda: len(read_rows(database, "1", "1")) >= 4 * 1415, 20)
     with psycopg.connect(database) as conn:
-        cover = conn.execute("SELECT missing, longest_gap, resets FROM coverage() ORDER BY channel").fetchall()
-        runs = dict(conn.execute("SELECT channel, count(*) FROM power_cycles() GROUP BY 1"))
-        (kwh,) = conn.execute("SELECT sum(energy_wh) / 1000 FROM energy_by_day()").fetchone()
+        cover = conn.execute(
+            "SELECT missing, longest_gap, resets FROM coverage() ORDER BY channel"
+        ).fetchall()
+        runs = dict(
+            conn.execute("SELECT channel, count(*) FROM power_cycles() GROUP BY 1")
+        )
+        (kwh,) = conn.execute(
+            "SELECT sum(energy_wh) / 1000 FROM energy_by_day()"
+        ).fetchone()
         # without network there are no powers, only what the counter rose by meanwhile
         (drawn_kwh,) = conn.execute("""
             SELECT sum(CASE WHEN until - timestamp = '1 min' THEN apower_w / 60 ELSE total - energy_total_wh END) / 1000
             FROM (SELECT *, lead(timestamp) OVER w AS until, lead(energy_total_wh) OVER w AS total FROM power_logs
                   WINDOW w AS (PARTITION BY channel ORDER BY timestamp)) AS steps
         """).fetchone()
-    assert len(cover) == 4 and all(19 <= missing <= 21 and resets == 0 for missing, _, resets in cover)
+    assert len(cover) == 4 and all(
+        19 <= missing <= 21 and resets == 0 for missing, _, resets in cover
+    )
     runs.pop("switch:0", 0)  # when the pump runs is left to chance
     assert runs.keys() == {"switch:1", "switch:2"} and min(runs.values()) > 5
     assert kwh == pytest.approx(drawn_kwh, rel=0.001)
     assert "passed over" not in running.log
 
 
-async def test_the_returned_energy_is_in_json_and_csv_and_where_none_is_told_it_is_empty(collectors, database):
+async def test_the_returned_energy_is_in_json_and_csv_and_where_none_is_told_it_is_empty(
+    collectors, database
+):
     running = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look").ready()
     execute(
         database,
@@ -547,7 +946,61 @@ async def test_the_returned_energy_is_in_json_and_csv_and_where_none_is_told_it_
     )
     parameters = "token=look&since=2026-11-02&until=2026-11-20&zone=UTC"
     status, text = running.get(f"/data/energy.json?{parameters}")
-    assert status == 200 and [one["energy_returned_wh"] for one in json.loads(text)] == [4, None]
+    assert status == 200 and [
+        one["energy_returned_wh"] for one in json.loads(text)
+    ] == [4, None]
     head, gives, silent = running.get(f"/data/energy.csv?{parameters}")[1].split()
     assert head == "device_id,channel,day,energy_wh,rows,energy_returned_wh"
-    assert gives == '"gives","em:0:a",2026-11-03,2,3,4' and silent == '"silent","em:0:a",2026-11-03,2,3,'
+    assert (
+        gives == '"gives","em:0:a",2026-11-03,2,3,4'
+        and silent == '"silent","em:0:a",2026-11-03,2,3,'
+    )
+
+
+async def test_each_phase_has_the_name_of_its_meter_and_its_letter_and_a_clamp_has_its_own(
+    collectors, database
+):
+    running = await collectors(DATABASE_URL=database, CHANNELS="0,1").ready()
+    status = {
+        "id": 2,
+        "src": METER,
+        "dst": "collector",
+        "result": {"em:0": EM, "emdata:0": EMDATA},
+    }
+    nameless = {
+        ("", None),
+        *((f"em:0:{p}", None) for p in "abc"),
+        ("em1:0", None),
+        ("em1:1", "Panels"),
+    }
+
+    def names():
+        return set(query(database, "SELECT channel, device_says FROM channel_names"))
+
+    async def say(house, clamp):
+        async with device(running.url) as peer:
+            await peer.send(status)
+            assert await peer.websocket.recv() == sc.GET_CONFIG
+            config = {"sys": {"device": {"name": None, "mac": "A1"}}, "em:0": {"id": 0, "name": house, "reverse": {}},
+                      "emdata:0": {}, "em1:0": {"id": 0, "name": clamp}, "em1:1": {"id": 1, "name": "Panels"}, "em1data:0": {},
+                      "em1data:1": {"id": 1, "name": "x"}, "em:2": {"id": 2, "name": "Not wanted"}, "wifi": {"ap": {}}}  # fmt: skip
+            await peer.send(
+                {"id": 3, "src": METER, "dst": "collector", "result": config}
+            )
+
+    await say("House", "Mains")
+    named = {
+        ("", None),
+        *((f"em:0:{p.lower()}", f"House {p}") for p in "ABC"),
+        ("em1:0", "Mains"),
+        ("em1:1", "Panels"),
+    }
+    await wait_for(lambda: names() == named)
+    execute(
+        database, "UPDATE channel_names SET name = 'Stove' WHERE channel = 'em:0:b'"
+    )
+    await say(None, None)
+    await wait_for(lambda: names() == nameless)
+    shown = query(database, "SELECT channel, name FROM newest_rows() ORDER BY channel")
+    assert shown == [("em:0:a", None), ("em:0:b", "Stove"), ("em:0:c", None)]
+    assert "WARNING note_names" not in running.log

@@ -1,4 +1,5 @@
-"""The database goes away, hangs, comes back; the collector is killed: the table is right all the same."""
+"""The database goes away, hangs and comes back, or the collector is killed: the table
+is still right."""
 
 import asyncio
 import contextlib
@@ -16,14 +17,27 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from support import DEVICE, ROOT, Wire, device, execute, minute_frame, read_rows, wait_for, wait_for_rows
 from websockets.exceptions import ConnectionClosed
+
+from support import (
+    DEVICE,
+    OLD_ROWS,
+    ROOT,
+    Wire,
+    device,
+    execute,
+    minute_frame,
+    old_outbox,
+    read_rows,
+    wait_for,
+    wait_for_rows,
+)
 
 INTERVAL_S = 0.5
 
 
 class Steady:
-    """A device that reports in every interval, from before an outage to after it."""
+    """A device that reports in every interval: before, during and after an outage."""
 
     def __init__(self, url, name="steady"):
         self.name, self.sent = name, 0
@@ -34,44 +48,64 @@ class Steady:
             with contextlib.suppress(OSError, psycopg.Error, Exception):
                 async with device(url) as peer:
                     while True:
-                        await peer.send(minute_frame(self.name, apower=float(self.sent)))
+                        await peer.send(
+                            minute_frame(self.name, apower=float(self.sent))
+                        )
                         self.sent += 1
-                        await asyncio.sleep(INTERVAL_S / 2 - time.time() % (INTERVAL_S / 2) + 0.05)
+                        await asyncio.sleep(
+                            INTERVAL_S / 2 - time.time() % (INTERVAL_S / 2) + 0.05
+                        )
             await asyncio.sleep(0.05)
 
     async def report(self, times):
-        """Wait until it has reported so many times more."""
+        """Wait until it has reported this many more times."""
         goal = self.sent + times
         await wait_for(lambda: self.sent >= goal, 60)
 
     async def stop(self):
-        """Close its connection; what the end of a test cuts off in the midst of that stays open."""
+        """Close its connection. If the test ended in the middle of that, the socket
+        would stay open."""
         self.task.cancel()
         await asyncio.wait({self.task})
 
 
 def gaps(url, name="steady"):
-    """The intervals between a device's rows, beyond one; and a duplicate would show as 0."""
-    times = [when.timestamp() for when, device_id in read_rows(url, "timestamp, device_id") if device_id == name]
-    return [b - a for a, b in itertools.pairwise(times) if round(b - a, 3) != INTERVAL_S]
+    """The distances between a device's rows that are not one interval; a duplicate
+    shows as 0."""
+    times = [
+        when.timestamp()
+        for when, device_id in read_rows(url, "timestamp, device_id")
+        if device_id == name
+    ]
+    return [
+        b - a for a, b in itertools.pairwise(times) if round(b - a, 3) != INTERVAL_S
+    ]
 
 
 async def settle(running, url, timeout_s=30):
-    """Wait until nothing waits any more."""
+    """Wait until no row waits any more."""
 
     async def done():
         health = await running.health()
-        return health.get("database") == "connected" and health.get("rows waiting") == "0"
+        return (
+            health.get("database") == "connected" and health.get("rows waiting") == "0"
+        )
 
     await wait_for(done, timeout_s)
 
 
 def start(collectors, url, **env):
-    return collectors(DATABASE_URL=url, THROTTLE_INTERVAL_SECONDS=str(INTERVAL_S), **env)
+    return collectors(
+        DATABASE_URL=url, THROTTLE_INTERVAL_SECONDS=str(INTERVAL_S), **env
+    )
 
 
 def outage_lines(running):
-    return [line for line in running.log.splitlines() if "database unreachable" in line or "database back" in line]
+    return [
+        line
+        for line in running.log.splitlines()
+        if "database unreachable" in line or "database back" in line
+    ]
 
 
 async def hang(own_postgres):
@@ -90,7 +124,9 @@ async def come_back(own_postgres, how):
 
 
 @pytest.mark.parametrize("how", [crash, hang])
-async def test_every_interval_has_its_row_after_an_outage(collectors, own_postgres, how):
+async def test_every_interval_has_its_row_after_an_outage(
+    collectors, own_postgres, how
+):
     running = await start(collectors, own_postgres.url).ready()
     steady = Steady(running.url)
     await steady.report(6)
@@ -110,14 +146,17 @@ async def test_every_interval_has_its_row_after_an_outage(collectors, own_postgr
 
 
 @pytest.mark.parametrize("how", [crash, hang])
-async def test_a_stop_in_an_outage_takes_3_s_at_most_and_loses_nothing(collectors, own_postgres, how):
+async def test_a_stop_in_an_outage_takes_3_s_at_most_and_loses_nothing(
+    collectors, own_postgres, how
+):
     running = await start(collectors, own_postgres.url).ready()
     async with device(running.url) as peer:
         await peer.send(minute_frame("before"))
         await wait_for_rows(own_postgres.url, 1)
         await how(own_postgres)
         await peer.send(*(minute_frame(f"d{n}") for n in range(50)))
-        # Stopped right in the first write that hangs, before anybody knows of an outage.
+        # The stop comes during the first write that hangs, before anybody knows of an
+        # outage.
         status, took = await running.stop()
     assert status == 0 and took < 3
     await come_back(own_postgres, how)
@@ -127,7 +166,9 @@ async def test_a_stop_in_an_outage_takes_3_s_at_most_and_loses_nothing(collector
 
 
 @pytest.mark.parametrize("how", [crash, hang])
-async def test_kill_9_in_an_outage_leaves_all_but_the_last_second_on_disk(collectors, own_postgres, how):
+async def test_kill_9_in_an_outage_leaves_all_but_the_last_second_on_disk(
+    collectors, own_postgres, how
+):
     running = await start(collectors, own_postgres.url).ready()
     steady = Steady(running.url)
     await steady.report(4)
@@ -141,11 +182,15 @@ async def test_kill_9_in_an_outage_leaves_all_but_the_last_second_on_disk(collec
     await wait_for(lambda: "rows of an earlier outage" in running.log)
     await come_back(own_postgres, how)
     await settle(running, own_postgres.url)
-    newest = max(when.timestamp() for (when,) in read_rows(own_postgres.url, "timestamp"))
+    newest = max(
+        when.timestamp() for (when,) in read_rows(own_postgres.url, "timestamp")
+    )
     assert gaps(own_postgres.url) == [] and newest > killed - 1.2 - INTERVAL_S
 
 
-async def test_a_black_hole_that_swallows_its_connections_for_good(collectors, own_postgres):
+async def test_a_network_that_swallows_its_connections_for_good_loses_no_row(
+    collectors, own_postgres
+):
     info = psycopg.conninfo.conninfo_to_dict(own_postgres.url)
     async with Wire(f"{info['host']}/.s.PGSQL.5432") as wire:
         url = f"postgresql://postgres@127.0.0.1:{wire.port}/postgres"
@@ -166,31 +211,43 @@ async def test_a_black_hole_that_swallows_its_connections_for_good(collectors, o
 SLOW_CHECK = "ALTER TABLE power_logs ADD CONSTRAINT even CHECK (apower_w::int % 2 = 0)"
 
 
-async def test_a_slow_link_and_many_refused_rows_get_past_every_deadline(collectors, own_postgres):
-    # 10 ms each way; of 600 rows the database refuses every second one.
+async def test_a_slow_link_and_many_refused_rows_get_past_every_deadline(
+    collectors, own_postgres
+):
+    # The link takes 10 ms each way. Of 600 rows the database refuses every second one.
     info = psycopg.conninfo.conninfo_to_dict(own_postgres.url)
     async with Wire(f"{info['host']}/.s.PGSQL.5432", delay_s=0.01) as wire:
         url = f"postgresql://postgres@127.0.0.1:{wire.port}/postgres"
         running = await collectors(DATABASE_URL=url).ready()
         execute(own_postgres.url, SLOW_CHECK)
         async with device(running.url) as peer:
-            await peer.send(*(minute_frame(f"d{n}", apower=float(n)) for n in range(600)))
-            await wait_for_rows(own_postgres.url, 300, 60)  # 14 s where nothing else runs
+            await peer.send(
+                *(minute_frame(f"d{n}", apower=float(n)) for n in range(600))
+            )
+            # This takes 14 s on an idle machine.
+            await wait_for_rows(own_postgres.url, 300, 60)
             await wait_for(lambda: "rows waiting: 0" in running.get()[1])
         assert "rows dropped: 300" in running.get()[1]
     assert outage_lines(running) == [] and running.log.count("row dropped") == 300
 
 
-async def test_a_locked_table_keeps_one_backend_waiting_and_no_row_is_lost(collectors, database):
+async def test_a_locked_table_keeps_one_backend_waiting_and_no_row_is_lost(
+    collectors, database
+):
     running = await start(collectors, database).ready()
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     steady = Steady(running.url)
     await steady.report(4)
-    with psycopg.connect(database) as owner, psycopg.connect(database, autocommit=True) as look:
-        owner.execute("LOCK TABLE power_logs")  # as VACUUM FULL does
+    with (
+        psycopg.connect(database) as owner,
+        psycopg.connect(database, autocommit=True) as look,
+    ):
+        # VACUUM FULL locks it like this.
+        owner.execute("LOCK TABLE power_logs")
         await wait_for(lambda: len(outage_lines(running)) == 1, 60)
         assert running.log.count("no answer in time") == 1
-        for _ in range(100):  # across the next attempts
+        # This lasts longer than the next attempts.
+        for _ in range(100):
             assert look.execute(waiting).fetchone()[0] <= 1
             await asyncio.sleep(0.05)
         await steady.stop()
@@ -216,7 +273,11 @@ async def test_a_database_that_answers_but_refuses_and_a_full_disk_are_one_line_
     collectors, database, monkeypatch, refusal
 ):
     real = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **kw: real(*a, **kw, preexec_fn=limit_files(40_000)))
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda *a, **kw: real(*a, **kw, preexec_fn=limit_files(40_000)),
+    )
     running = await start(collectors, database).ready()
     monkeypatch.undo()
     name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
@@ -228,13 +289,20 @@ async def test_a_database_that_answers_but_refuses_and_a_full_disk_are_one_line_
     async with device(running.url) as peer:
         for n in range(25):
             await peer.send(*(minute_frame(f"d{n}-{m}") for m in range(40)))
-            await asyncio.sleep(0.25)  # 6 s, in which naive retries wrote 2,058 lines
+            # In these 6 s naive retries wrote 2,058 lines.
+            await asyncio.sleep(0.25)
         await wait_for(lambda: "rows wait in memory" in running.log)
         lines = running.log.splitlines()
         assert len(lines) < 10 and len(outage_lines(running)) == 1, running.log
         if refusal == "read-only":
-            with psycopg.connect(database, autocommit=True, options="-c default_transaction_read_only=off") as conn:
-                conn.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+            with psycopg.connect(
+                database,
+                autocommit=True,
+                options="-c default_transaction_read_only=off",
+            ) as conn:
+                conn.execute(
+                    f"ALTER DATABASE {name} RESET default_transaction_read_only"
+                )
         else:
             execute(database, "ALTER TABLE power_logs DROP site")
         await wait_for(lambda: len(read_rows(database, "1", "1")) == 1000, 30)
@@ -255,9 +323,14 @@ async def test_connections_that_the_server_closed_are_no_outage(collectors, data
     assert outage_lines(running) == []
 
 
-async def test_the_second_host_of_a_url_is_reached_when_the_first_swallows_all(collectors, database):
+async def test_the_second_host_of_a_url_is_reached_when_the_first_swallows_all(
+    collectors, database
+):
     info = psycopg.conninfo.conninfo_to_dict(database)
-    async with Wire(f"{info['host']}/.s.PGSQL.5432") as hole, Wire(f"{info['host']}/.s.PGSQL.5432") as way:
+    async with (
+        Wire(f"{info['host']}/.s.PGSQL.5432") as hole,
+        Wire(f"{info['host']}/.s.PGSQL.5432") as way,
+    ):
         hole.swallow()
         url = f"postgresql://postgres@127.0.0.1:{hole.port},127.0.0.1:{way.port}/{info['dbname']}"
         running = await start(collectors, url).ready()
@@ -267,11 +340,13 @@ async def test_the_second_host_of_a_url_is_reached_when_the_first_swallows_all(c
 
 
 async def test_a_name_that_no_resolver_takes_is_an_outage_and_no_bug(collectors):
-    running = await start(collectors, "postgresql://u@db..example/x").ready("unreachable since")
+    running = await start(collectors, "postgresql://u@db..example/x").ready(
+        "unreachable since"
+    )
     await wait_for(lambda: len(outage_lines(running)) == 1)
 
 
-async def test_a_database_that_comes_after_the_start(collectors, own_postgres):
+async def test_a_database_may_come_after_the_start(collectors, own_postgres):
     own_postgres.stop()
     running = await start(collectors, own_postgres.url).ready("unreachable since")
     async with device(running.url) as peer:
@@ -283,7 +358,9 @@ async def test_a_database_that_comes_after_the_start(collectors, own_postgres):
     assert running.log.count("No such file") == 1 and len(outage_lines(running)) == 2
 
 
-async def test_a_refused_password_makes_the_rows_wait_and_is_never_shown(collectors, own_postgres):
+async def test_a_refused_password_makes_the_rows_wait_and_is_never_shown(
+    collectors, own_postgres
+):
     hba = own_postgres.folder / "pg_hba.conf"
     trusting = hba.read_text()
 
@@ -295,7 +372,9 @@ async def test_a_refused_password_makes_the_rows_wait_and_is_never_shown(collect
     with psycopg.connect(own_postgres.url, autocommit=True) as conn:
         conn.execute("CREATE ROLE meter LOGIN SUPERUSER PASSWORD 'right-one'")
     apply("local all postgres trust\nlocal all all scram-sha-256\n")
-    url = psycopg.conninfo.make_conninfo(own_postgres.url, user="meter", password="wrong-one")
+    url = psycopg.conninfo.make_conninfo(
+        own_postgres.url, user="meter", password="wrong-one"
+    )
     running = await start(collectors, url).ready("unreachable since")
     async with device(running.url) as peer:
         await peer.send(minute_frame())
@@ -329,15 +408,23 @@ async def test_a_restart_within_the_interval_makes_no_second_row(collectors, dat
         running.process.kill()
         running.process.wait()
         await (await running.again()).ready()
-    assert [row for row in read_rows(database, "device_id, apower_w") if row[0] == DEVICE] == [(DEVICE, 0.0)]
+    assert [
+        row for row in read_rows(database, "device_id, apower_w") if row[0] == DEVICE
+    ] == [(DEVICE, 0.0)]
 
 
-async def test_two_collectors_and_a_device_that_moves_between_them(collectors, database):
+async def test_two_collectors_and_a_device_that_moves_between_them(
+    collectors, database
+):
     one, two = start(collectors, database), start(collectors, database)
     await one.ready()
     await two.ready()
-    for n in range(6):  # with an overlap each time: the old socket lives on for a while
-        async with device((one, two)[n % 2].url) as new, device((two, one)[n % 2].url) as old:
+    # Each time the old socket lives on for a while.
+    for n in range(6):
+        async with (
+            device((one, two)[n % 2].url) as new,
+            device((two, one)[n % 2].url) as old,
+        ):
             for _ in range(4):
                 await new.send(minute_frame("steady"))
                 await old.send(minute_frame("steady"))
@@ -348,7 +435,7 @@ async def test_two_collectors_and_a_device_that_moves_between_them(collectors, d
 
 
 def limit_files(size):
-    """Runs in the child: no file can grow beyond `size`, as on a full disk."""
+    """Run in the child: no file can grow beyond `size`, as on a full disk."""
 
     def apply():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -357,12 +444,18 @@ def limit_files(size):
     return apply
 
 
-async def test_a_full_disk_warns_at_the_start_and_rows_wait_in_memory(collectors, own_postgres, monkeypatch):
+async def test_a_full_disk_warns_at_the_start_and_rows_wait_in_memory(
+    collectors, own_postgres, monkeypatch
+):
     real = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **kw: real(*a, **kw, preexec_fn=limit_files(1024)))
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda *a, **kw: real(*a, **kw, preexec_fn=limit_files(1024)),
+    )
     running = start(collectors, own_postgres.url)
     monkeypatch.undo()
-    # Its log is a file, too: read what fits.
+    # Its log is a file, too, so this reads as much of it as fits.
     await running.ready()
     assert "DATA_DIR data cannot be used" in running.log
     await asyncio.to_thread(own_postgres.stop)
@@ -375,13 +468,17 @@ async def test_a_full_disk_warns_at_the_start_and_rows_wait_in_memory(collectors
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-async def test_a_folder_that_cannot_be_written_warns_at_the_start(collectors, database, tmp_path):
+async def test_a_folder_that_cannot_be_written_warns_at_the_start(
+    collectors, database, tmp_path
+):
     (tmp_path / "data").mkdir(mode=0o500)
     running = await collectors(tmp_path, DATABASE_URL=database).ready()
     assert "DATA_DIR data cannot be used" in running.log
 
 
-async def test_a_folder_that_is_a_file_warns_at_the_start(collectors, database, tmp_path):
+async def test_a_folder_that_is_a_file_warns_at_the_start(
+    collectors, database, tmp_path
+):
     (tmp_path / "data").write_text("")
     running = await collectors(tmp_path, DATABASE_URL=database).ready()
     assert "DATA_DIR data cannot be used" in running.log
@@ -390,7 +487,9 @@ async def test_a_folder_that_is_a_file_warns_at_the_start(collectors, database, 
         await wait_for_rows(database, 1)
 
 
-async def test_a_second_collector_on_the_folder_waits_in_memory_until_it_is_free(collectors, own_postgres, tmp_path):
+async def test_a_second_collector_on_the_folder_waits_in_memory_until_it_is_free(
+    collectors, own_postgres, tmp_path
+):
     first = await collectors(tmp_path, DATABASE_URL=own_postgres.url).ready()
     second = await collectors(tmp_path, DATABASE_URL=own_postgres.url).ready()
     assert "in use by another collector" in second.log
@@ -402,7 +501,9 @@ async def test_a_second_collector_on_the_folder_waits_in_memory_until_it_is_free
         await wait_for(lambda: rows_on_disk(tmp_path) == 1)
 
 
-async def test_rows_that_another_collector_left_in_the_folder_are_taken_over(collectors, database, tmp_path):
+async def test_rows_that_another_collector_left_in_the_folder_are_taken_over(
+    collectors, database, tmp_path
+):
     away = "postgresql://u@127.0.0.1:1/x"
     first = await collectors(tmp_path, DATABASE_URL=away).ready("unreachable since")
     second = await collectors(tmp_path, DATABASE_URL=database).ready()
@@ -415,19 +516,24 @@ async def test_rows_that_another_collector_left_in_the_folder_are_taken_over(col
 
 
 def rows_on_disk(folder):
-    """How many rows a copy of a running collector's outbox holds; the file itself is locked, and must not be touched."""
+    """How many rows a copy of a running collector's outbox holds. The file itself is
+    locked, and must not be touched."""
     copy = Path(tempfile.mkdtemp(dir=folder))
-    for name in ("outbox.sqlite3", "outbox.sqlite3-wal"):  # the second one only while a collector runs
+    # The second one exists only while a collector runs.
+    for name in ("outbox.sqlite3", "outbox.sqlite3-wal"):
         with contextlib.suppress(FileNotFoundError):
             shutil.copy(folder / "data" / name, copy / name)
     with contextlib.closing(sqlite3.connect(copy / "outbox.sqlite3")) as file:
         try:
             return file.execute("SELECT count(*) FROM rows").fetchone()[0]
-        except sqlite3.DatabaseError:  # copied in the middle of a write
+        # It was copied in the middle of a write.
+        except sqlite3.DatabaseError:
             return 0
 
 
-async def test_a_bug_in_the_handler_is_loud_and_ends_its_connection_only(collectors, database, tmp_path):
+async def test_a_bug_in_the_handler_is_loud_and_ends_its_connection_only(
+    collectors, database, tmp_path
+):
     running = await collectors(tmp_path, DATABASE_URL=database).ready()
     await running.stop()
     with_broken(
@@ -440,16 +546,27 @@ async def test_a_bug_in_the_handler_is_loud_and_ends_its_connection_only(collect
     )
     await (await running.again()).ready()
     async with device(running.url) as good, device(running.url) as bad:
-        await bad.send(minute_frame("first"), minute_frame("second"), minute_frame("third"))
+        await bad.send(
+            minute_frame("first"), minute_frame("second"), minute_frame("third")
+        )
         with pytest.raises(ConnectionClosed):
             await bad.websocket.recv()
         await good.send(minute_frame("fourth"))
-        assert [row[0] for row in await wait_for_rows(database, 3)] == ["first", "fourth", "second"]
-    assert "ZeroDivisionError: EXPECTED_BUG" in running.log and running.process.poll() is None
+        assert [row[0] for row in await wait_for_rows(database, 3)] == [
+            "first",
+            "fourth",
+            "second",
+        ]
+    assert (
+        "ZeroDivisionError: EXPECTED_BUG" in running.log
+        and running.process.poll() is None
+    )
 
 
-async def test_a_bug_in_the_writer_saves_the_rows_in_hand_and_ends_with_status_1(collectors, database, tmp_path):
-    # The bug: a driver that fails in a way nobody expects, at the third row.
+async def test_a_bug_in_the_writer_saves_the_rows_in_hand_and_ends_with_status_1(
+    collectors, database, tmp_path
+):
+    # The bug is a driver that fails in an unexpected way, at the third row.
     running = collectors(tmp_path, DATABASE_URL=database)
     await running.ready()
     await running.stop()
@@ -470,11 +587,15 @@ async def test_a_bug_in_the_writer_saves_the_rows_in_hand_and_ends_with_status_1
     assert "CRITICAL stopped by a bug: ZeroDivisionError" in running.log
     del running.start
     await (await running.again()).ready()
-    assert [row[0] for row in await wait_for_rows(database, 3)] == ["first", "fourth", "third"]
+    assert [row[0] for row in await wait_for_rows(database, 3)] == [
+        "first",
+        "fourth",
+        "third",
+    ]
 
 
 def with_broken(running, patch):
-    """Let a collector's next start run with a part of it replaced."""
+    """Run this patch at the collector's next start."""
     script = running.folder / "broken.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport shelly_collector as sc\n{patch}sys.exit(sc.main())\n"
@@ -483,7 +604,9 @@ def with_broken(running, patch):
     def start():
         with running.log_path.open("ab") as log:
             command = [sys.executable, str(script)]
-            return subprocess.Popen(command, cwd=running.folder, env=running.env, stdout=log, stderr=log)
+            return subprocess.Popen(
+                command, cwd=running.folder, env=running.env, stdout=log, stderr=log
+            )
 
     running.start = start
 
@@ -512,7 +635,9 @@ async def test_a_resolver_that_hangs_does_not_hold_up_a_stop(collectors, tmp_pat
 async def test_a_stop_writes_what_is_in_hand_though_the_database_takes_a_moment(
     collectors, database, tmp_path, embedded
 ):
-    running = await collectors(tmp_path, **({} if embedded else {"DATABASE_URL": database})).ready()
+    running = await collectors(
+        tmp_path, **({} if embedded else {"DATABASE_URL": database})
+    ).ready()
     await running.stop()
     with_broken(
         running,
@@ -527,8 +652,26 @@ async def test_a_stop_writes_what_is_in_hand_though_the_database_takes_a_moment(
     async with device(running.url) as peer:
         await peer.send(minute_frame("one"))
         await wait_for(lambda: "rows waiting: 1" in running.get()[1])
-        await peer.send(minute_frame("two"))  # behind a batch in flight
+        # This row comes while a batch is in flight.
+        await peer.send(minute_frame("two"))
         await (await peer.websocket.ping())
     status, took = await running.stop()
-    assert status == 0 and took < 3 and running.log.count("stopped, 0 rows wait on disk, 0 are lost") == 2
+    assert (
+        status == 0
+        and took < 3
+        and running.log.count("stopped, 0 rows wait on disk, 0 are lost") == 2
+    )
     assert "has ended" not in running.log
+
+
+async def test_a_collector_brings_the_rows_of_an_old_outbox_to_the_table(
+    collectors, database, tmp_path
+):
+    old_outbox(tmp_path / "data").close()
+    running = await collectors(tmp_path, DATABASE_URL=database).ready()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame("new"))
+        await wait_for(lambda: len(read_rows(database, "1", "1")) == len(OLD_ROWS) + 1)
+    found = read_rows(database, "device_id, apower_w, energy_returned_wh")
+    assert found == [("new", 433.8, 0.0)] + [("old", float(n), None) for n in range(20)]
+    assert "rows dropped: 0" in running.get()[1] and "ERROR" not in running.log

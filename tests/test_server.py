@@ -1,4 +1,5 @@
-"""The endpoint, HTTP answers, the token, and what strangers send, over real sockets."""
+"""The endpoint for devices, HTTP answers, the token, and what strangers send, over real
+sockets."""
 
 import asyncio
 import json
@@ -14,11 +15,24 @@ import urllib.parse
 
 import psutil
 import pytest
-from shelly_collector import DeviceConnection, handle_device
-from support import DEVICE, GET_STATUS, VALUES, device, minute_frame, notify, read_rows, wait_for, wait_for_rows
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
+
+from shelly_collector import DeviceConnection, handle_device
+from support import (
+    DEVICE,
+    GET_STATUS,
+    VALUES,
+    device,
+    fresh_database,
+    minute_frame,
+    notify,
+    read_rows,
+    starting_collectors,
+    wait_for,
+    wait_for_rows,
+)
 
 HANDSHAKE = (
     "GET /ws HTTP/1.1\r\nHost: x:1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -27,67 +41,127 @@ HANDSHAKE = (
 VALUES_OF_MINUTE = (433.8, 228.2, 2.631, 1234.567)
 
 
-async def test_a_device_is_asked_and_its_frame_is_a_row_a_moment_later(collectors, database):
-    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="60").ready()
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory):
+    """One collector for all tests that only ask it over HTTP."""
+    with fresh_database() as database, starting_collectors(tmp_path_factory) as start:
+        running = start(DATABASE_URL=database)
+        asyncio.run(running.ready())
+        yield running
+
+
+@pytest.fixture
+async def shared(collectors, database):
+    """A collector of the test's own."""
+    return await collectors(DATABASE_URL=database).ready()
+
+
+async def test_a_device_is_asked_and_its_frame_is_a_row_a_moment_later(
+    collectors, database
+):
+    running = await collectors(
+        DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="60"
+    ).ready()
     async with device(running.url, subprotocols=["json-rpc"]) as peer:
-        await peer.send({"id": 1, "src": DEVICE, "dst": "collector", "error": {"code": 404, "message": "No handler"}})
+        await peer.send(
+            {
+                "id": 1,
+                "src": DEVICE,
+                "dst": "collector",
+                "error": {"code": 404, "message": "No handler"},
+            }
+        )
         await peer.send(minute_frame())
-        assert await wait_for_rows(database, 1) == [(DEVICE, "switch:0", *VALUES_OF_MINUTE)]
+        assert await wait_for_rows(database, 1) == [
+            (DEVICE, "switch:0", *VALUES_OF_MINUTE)
+        ]
         assert (await running.health())["devices connected"] == "1"
     ((start, written),) = read_rows(database, "timestamp, created_at")
     assert start.second == 0 and -1 < (written - start).total_seconds() < 61
-    assert re.findall(f"{DEVICE} connected from 127.0.0.1", running.log) and "404" not in running.log
+    assert (
+        re.findall(f"{DEVICE} connected from 127.0.0.1", running.log)
+        and "404" not in running.log
+    )
 
 
-async def test_several_devices_on_one_socket_and_one_device_on_two(collectors, database):
+async def test_several_devices_on_one_socket_and_one_device_on_two(
+    collectors, database
+):
     running = await collectors(DATABASE_URL=database).ready()
     async with device(running.url) as one, device(running.url) as two:
         await one.send(minute_frame("a"), minute_frame("b"))
         await wait_for_rows(database, 2)
         await two.send(minute_frame("a"), minute_frame("a", 1))
         assert [row[:2] for row in await wait_for_rows(database, 3)] == [
-            ("a", "switch:0"), ("a", "switch:1"), ("b", "switch:0")
-        ]  # fmt: skip
+            ("a", "switch:0"),
+            ("a", "switch:1"),
+            ("b", "switch:0"),
+        ]
 
 
-async def test_a_frame_in_fragments_counts_and_a_binary_one_does_not(collectors, database):
+@pytest.mark.slow
+async def test_a_frame_in_fragments_counts_and_a_binary_one_does_not(
+    collectors, database
+):
     running = await collectors(DATABASE_URL=database).ready()
     async with device(running.url) as peer:
         await peer.send(json.dumps(minute_frame("binary")).encode())
-        await peer.websocket.send([json.dumps(minute_frame())[:50], json.dumps(minute_frame())[50:]])
+        await peer.websocket.send(
+            [json.dumps(minute_frame())[:50], json.dumps(minute_frame())[50:]]
+        )
         assert [row[0] for row in await wait_for_rows(database, 1)] == [DEVICE]
     assert "frame passed over" in running.log and "binary" in running.log
 
 
+@pytest.mark.slow
 async def test_old_firmware_is_asked_for_its_voltage_again(collectors, database):
-    running = await collectors(DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="0.2").ready()
+    running = await collectors(
+        DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="0.2"
+    ).ready()
     async with device(running.url) as peer:
-        # It has no voltage at all, which is older than 5 minutes; the collector has only just asked, so it waits.
-        await peer.send(notify({"switch:0": {"apower": 5.0, "current": 0.1, "aenergy": {"total": 1.0}}}))
+        # It has no voltage, which counts as an old one. But the collector has just
+        # asked for a status, so it does not ask again.
+        await peer.send(
+            notify(
+                {"switch:0": {"apower": 5.0, "current": 0.1, "aenergy": {"total": 1.0}}}
+            )
+        )
         await wait_for_rows(database, 1)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(peer.websocket.recv(), 0.1)
     assert running.log.count("reports no voltage_v") == 1
 
 
-async def test_an_old_voltage_makes_the_collector_ask_at_most_once_a_minute(make, monkeypatch):
+async def test_an_old_voltage_makes_the_collector_ask_at_most_once_a_minute(
+    make, monkeypatch
+):
     collector, clock = make(), 1_795_435_200.0
     monkeypatch.setattr(time, "time", lambda: clock)
 
     async def handle(websocket):
         await handle_device(collector, websocket)
 
-    async with serve(handle, "127.0.0.1", 0, create_connection=DeviceConnection) as server:
+    async with serve(
+        handle, "127.0.0.1", 0, create_connection=DeviceConnection
+    ) as server:
         url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws"
         async with device(url) as peer:
             asked = []
             for minute in range(14):
-                frame = minute_frame() if minute == 0 else notify({"switch:0": {"aenergy": {"total": float(minute)}}})
+                frame = (
+                    minute_frame()
+                    if minute == 0
+                    else notify({"switch:0": {"aenergy": {"total": float(minute)}}})
+                )
                 await peer.send(frame)
-                await wait_for(lambda minute=minute: len(collector.outbox.memory) == minute + 1)
-                for half in range(2):  # a second reading of the same minute asks no more
+                await wait_for(
+                    lambda minute=minute: len(collector.outbox) == minute + 1
+                )
+                # A second reading of the same minute makes it ask no more.
+                for half in range(2):
                     await peer.send(notify({"switch:0": {"current": half}}))
-                await (await peer.websocket.ping())  # they are taken before the clock goes on
+                # Both are taken before the clock moves on.
+                await (await peer.websocket.ping())
                 if minute > 5:
                     asked.append(await asyncio.wait_for(peer.websocket.recv(), 5))
                 clock += 60
@@ -96,17 +170,24 @@ async def test_an_old_voltage_makes_the_collector_ask_at_most_once_a_minute(make
     assert asked == [GET_STATUS] * 8
 
 
-async def test_with_short_intervals_it_is_asked_no_more_than_once_a_minute(make, monkeypatch):
+async def test_with_short_intervals_it_is_asked_no_more_than_once_a_minute(
+    make, monkeypatch
+):
     collector, clock = make(THROTTLE_INTERVAL_SECONDS="10"), 1_795_435_200.0
     monkeypatch.setattr(time, "time", lambda: clock)
 
     async def handle(websocket):
         await handle_device(collector, websocket)
 
-    async with serve(handle, "127.0.0.1", 0, create_connection=DeviceConnection) as server:
-        async with device(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws") as peer:
+    async with serve(
+        handle, "127.0.0.1", 0, create_connection=DeviceConnection
+    ) as server:
+        async with device(
+            f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws"
+        ) as peer:
             for second in range(0, 130, 10):
-                await peer.send(notify({"switch:0": {"apower": float(second)}}))  # no voltage is known
+                # No voltage is known.
+                await peer.send(notify({"switch:0": {"apower": float(second)}}))
                 await (await peer.websocket.ping())
                 clock += 10
             asked = [await asyncio.wait_for(peer.websocket.recv(), 5) for _ in range(2)]
@@ -117,31 +198,41 @@ async def test_with_short_intervals_it_is_asked_no_more_than_once_a_minute(make,
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/", 200), ("HEAD", "/", 200), ("GET", "/health", 200), ("HEAD", "/health", 200), ("GET", "/?x=1", 200),
-     ("GET", "/ws", 426), ("HEAD", "/ws", 426), ("GET", "/nothing", 404), ("GET", "/ws/", 404), ("POST", "/", 404),
-     ("OPTIONS", "/", 404), ("DELETE", "/ws", 426), ("GET", "//", 404), ("GET", "/%2e%2e/etc/passwd", 404)],
-)  # fmt: skip
-async def test_http_answers(shared, method, path, status):
-    before = shared.log
-    got, text = await asyncio.to_thread(shared.get, path, method)
+    [
+        ("GET", "/", 200),
+        ("HEAD", "/", 200),
+        ("GET", "/health", 200),
+        ("HEAD", "/health", 200),
+        ("GET", "/?x=1", 200),
+        ("GET", "/ws", 426),
+        ("HEAD", "/ws", 426),
+        ("GET", "/nothing", 404),
+        ("GET", "/ws/", 404),
+        ("POST", "/", 404),
+        ("OPTIONS", "/", 404),
+        ("DELETE", "/ws", 426),
+        ("GET", "//", 404),
+        ("GET", "/%2e%2e/etc/passwd", 404),
+    ],
+)
+async def test_http_answers(idle, method, path, status):
+    before = idle.log
+    got, text = await asyncio.to_thread(idle.get, path, method)
     assert got == status and (text == "") == (method == "HEAD")
-    assert shared.log == before
+    assert idle.log == before
 
 
-async def test_the_answer_to_head_has_no_body(shared):
+async def test_the_answer_to_head_has_no_body(idle):
     for path in (b"/", b"/ws", b"/nothing"):
-        answer = await knock(shared.port, b"HEAD " + path + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = await knock(
+            idle.port, b"HEAD " + path + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+        )
         assert answer.startswith(b"HTTP/1.1 ") and answer.endswith(b"\r\n\r\n")
 
 
-async def test_who_comes_without_an_upgrade_is_told_which_one_it_takes(shared):
-    answer = await knock(shared.port, b"GET /ws HTTP/1.1\r\nHost: x\r\n\r\n")
+async def test_a_request_without_an_upgrade_is_told_which_one_is_needed(idle):
+    answer = await knock(idle.port, b"GET /ws HTTP/1.1\r\nHost: x\r\n\r\n")
     assert b" 426 " in answer and b"\r\nupgrade: websocket\r\n" in answer.lower()
-
-
-@pytest.fixture
-async def shared(collectors, database):
-    return await collectors(DATABASE_URL=database).ready()
 
 
 async def test_health_tells_how_things_stand(shared, database):
@@ -151,20 +242,37 @@ async def test_health_tells_how_things_stand(shared, database):
         await wait_for(lambda: shared.get()[1].count("rows written: 1"))
         lines = shared.get()[1].splitlines()
     assert lines[:5] == [
-        "Shelly WS collector running", "database: connected", "devices connected: 1", "rows written: 1", "rows waiting: 0"
-    ]  # fmt: skip
+        "Shelly WS collector running",
+        "database: connected",
+        "devices connected: 1",
+        "rows written: 1",
+        "rows waiting: 0",
+    ]
     assert re.fullmatch(r"last write: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", lines[5])
 
 
 TOKENS = ["secret", "a b", "50%+1&2=#?/ü", "😀", "x" * 500]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", TOKENS)
-async def test_only_the_right_token_opens_the_door(collectors, database, token):
-    running = await collectors(DATABASE_URL=database, COLLECTOR_TOKEN=token, LOG_LEVEL="DEBUG").ready()
+async def test_only_the_right_token_lets_a_device_in(collectors, database, token):
+    running = await collectors(
+        DATABASE_URL=database, COLLECTOR_TOKEN=token, LOG_LEVEL="DEBUG"
+    ).ready()
     encoded = urllib.parse.quote(token, safe="")
-    for query in ("", "?token=", "?token=wrong", f"?token={encoded}x", f"?token={encoded[:-1]}", f"?Token={encoded}",
-                  f"?token=wrong&token={encoded}", f"?x={encoded}", "?token=%", "?token=%ff"):  # fmt: skip
+    for query in (
+        "",
+        "?token=",
+        "?token=wrong",
+        f"?token={encoded}x",
+        f"?token={encoded[:-1]}",
+        f"?Token={encoded}",
+        f"?token=wrong&token={encoded}",
+        f"?x={encoded}",
+        "?token=%",
+        "?token=%ff",
+    ):
         with pytest.raises(InvalidStatus) as caught:
             async with connect(running.url + query):
                 pass
@@ -176,11 +284,20 @@ async def test_only_the_right_token_opens_the_door(collectors, database, token):
     assert (await asyncio.to_thread(running.get, f"/ws?token={encoded}"))[0] == 426
     await running.stop()
     assert token not in running.log and encoded not in running.log
-    assert 1 <= running.log.count("127.0.0.1 refused: The URL lacks the right ?token=") <= 2
+    assert (
+        1
+        <= running.log.count("127.0.0.1 refused: The URL lacks the right ?token=")
+        <= 2
+    )
 
 
-@pytest.mark.parametrize("path", ["/", "/ws/", "/WS", "/health", "/nothing?token=secret"])
-async def test_a_device_with_a_wrong_path_is_refused_with_a_line_that_says_the_right_one(collectors, database, path):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", ["/", "/ws/", "/WS", "/health", "/nothing?token=secret"]
+)
+async def test_a_device_with_a_wrong_path_is_refused_with_a_line_that_says_the_right_one(
+    collectors, database, path
+):
     running = await collectors(DATABASE_URL=database).ready()
     async with device(running.url) as peer:
         await peer.send("garbage of another one behind the same proxy")
@@ -189,38 +306,78 @@ async def test_a_device_with_a_wrong_path_is_refused_with_a_line_that_says_the_r
         async with connect(running.url.removesuffix("/ws") + path):
             pass
     assert caught.value.response.status_code == 404 and "secret" not in running.log
-    assert running.log.count("127.0.0.1 refused: Not found: devices connect to /ws.") == 1
+    assert (
+        running.log.count("127.0.0.1 refused: Not found: devices connect to /ws.") == 1
+    )
 
 
+@pytest.mark.slow
 async def test_without_a_token_an_open_address_warns_once(collectors, database):
     open_one = await collectors(DATABASE_URL=database, HOST="0.0.0.0").ready()
     private = await collectors(DATABASE_URL=database, HOST="127.0.0.1").ready()
-    guarded = await collectors(DATABASE_URL=database, HOST="0.0.0.0", COLLECTOR_TOKEN="t").ready()
-    assert [running.log.count("no COLLECTOR_TOKEN") for running in (open_one, private, guarded)] == [1, 0, 0]
+    guarded = await collectors(
+        DATABASE_URL=database, HOST="0.0.0.0", COLLECTOR_TOKEN="t"
+    ).ready()
+    assert [
+        running.log.count("no COLLECTOR_TOKEN")
+        for running in (open_one, private, guarded)
+    ] == [1, 0, 0]
 
 
-async def test_malformed_frames_are_passed_over_with_one_line_and_the_good_ones_count(shared, database):
+async def test_malformed_frames_are_passed_over_with_one_line_and_the_good_ones_count(
+    shared, database
+):
     evil = "x\n2026-01-01T00:00:00Z CRITICAL forged'); DROP TABLE power_logs; --"
     async with device(shared.url) as peer:
-        for bad in ("", "{", "[" * 100_000, "NaN", json.dumps(minute_frame(evil)), json.dumps(minute_frame("\0")), b"\x00",
-                    '{"src":"x","method":"NotifyStatus","params":{"a":' + "[" * 9999 + "]" * 9999 + "}}",
-                    '{"src":"\\ud800","method":"NotifyStatus","params":{}}', "1" * 400, json.dumps(minute_frame("y" * 101))):  # fmt: skip
+        for bad in (
+            "",
+            "{",
+            "[" * 100_000,
+            "NaN",
+            json.dumps(minute_frame(evil)),
+            json.dumps(minute_frame("\0")),
+            b"\x00",
+            '{"src":"x","method":"NotifyStatus","params":{"a":'
+            + "[" * 9999
+            + "]" * 9999
+            + "}}",
+            '{"src":"\\ud800","method":"NotifyStatus","params":{}}',
+            "1" * 400,
+            json.dumps(minute_frame("y" * 101)),
+        ):
             await peer.send(bad, minute_frame())
         await peer.send(minute_frame(channel=1))
         rows = await wait_for_rows(database, 2)
     assert [row[:2] for row in rows] == [(DEVICE, "switch:0"), (DEVICE, "switch:1")]
-    assert shared.log.count("passed over") <= 4  # one for the address, one for the device once it is known
+    # One line is about the address, and one about the device, once its name is known; a
+    # full minute may come in between.
+    assert shared.log.count("passed over") <= 4
     assert "Traceback" not in shared.log
     assert not re.search(r"^2026-01-01", shared.log, re.MULTILINE)
 
 
-async def test_quotes_backslashes_and_any_letters_in_a_device_id_arrive_as_they_are(shared, database):
-    ids = sorted(["o'brien", 'say "hi"', "back\\slash", "{a,b}", "NULL", "ogemray25a-70af09f0ab7c", "ü😀", "; DROP"])
+@pytest.mark.slow
+async def test_quotes_backslashes_and_any_letters_in_a_device_id_arrive_as_they_are(
+    shared, database
+):
+    ids = sorted(
+        [
+            "o'brien",
+            'say "hi"',
+            "back\\slash",
+            "{a,b}",
+            "NULL",
+            "ogemray25a-70af09f0ab7c",
+            "ü😀",
+            "; DROP",
+        ]
+    )
     async with device(shared.url) as peer:
         await peer.send(*(minute_frame(name) for name in ids))
         assert sorted(row[0] for row in await wait_for_rows(database, len(ids))) == ids
 
 
+@pytest.mark.slow
 async def test_a_frame_over_256_kib_closes_its_connection_only(shared, database):
     async with device(shared.url) as good, device(shared.url) as bad:
         await good.send(json.dumps(minute_frame()) + " " * (255 * 1024))
@@ -233,7 +390,7 @@ async def test_a_frame_over_256_kib_closes_its_connection_only(shared, database)
 
 
 async def knock(port, *parts):
-    """Send raw bytes, then read until the collector closes; fails if it does not."""
+    """Send raw bytes, then read until the collector closes. Fail if it does not."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         for part in parts:
@@ -246,22 +403,32 @@ async def knock(port, *parts):
         writer.close()
 
 
-async def test_strangers_are_shown_the_door_in_time_and_devices_go_on(shared, database):
+@pytest.mark.slow
+async def test_strangers_are_disconnected_in_time_and_devices_go_on(shared, database):
     hello_tls = bytes.fromhex("16030100c8010000c40303") + bytes(100)
     knocks = [
-        (b"",), (b"\0" * 5000,), (hello_tls,), (b"GET / HTTP/1.1\r\n",), (b"SSH-2.0-Go\r\n",), (b"\r\n\r\n",),
+        (b"",),
+        (b"\0" * 5000,),
+        (hello_tls,),
+        (b"GET / HTTP/1.1\r\n",),
+        (b"SSH-2.0-Go\r\n",),
+        (b"\r\n\r\n",),
         (b"GET /ws HTTP/1.1\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",),
         (b"GET /ws HTTP/1.1\r\n" + b"X: y\r\n" * 500 + b"\r\n",),
         (b"GET /" + b"w" * 100_000 + b" HTTP/1.1\r\n\r\n",),
         (b"POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello",),
-        (b"GET /ws HTTP/1.1\r\nUpgrade: websocket\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",),
-        (b"GET / HTTP/1.0\r\n\r\n",), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",),
-    ]  # fmt: skip
+        (
+            b"GET /ws HTTP/1.1\r\nUpgrade: websocket\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+        ),
+        (b"GET / HTTP/1.0\r\n\r\n",),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",),
+    ]
     async with device(shared.url) as peer:
         silent = [asyncio.create_task(knock(shared.port, *parts)) for parts in knocks]
         for _ in range(20):
             with socket.create_connection(("127.0.0.1", shared.port)):
-                pass  # a port scan
+                # A port scan sends nothing.
+                pass
         await peer.send(minute_frame())
         await wait_for_rows(database, 1)
         assert (await asyncio.to_thread(shared.get))[0] == 200
@@ -270,6 +437,7 @@ async def test_strangers_are_shown_the_door_in_time_and_devices_go_on(shared, da
     assert "Traceback" not in shared.log and "ERROR" not in shared.log
 
 
+@pytest.mark.slow
 async def test_a_dripping_handshake_is_closed_in_time(shared):
     _, writer = await asyncio.open_connection("127.0.0.1", shared.port)
 
@@ -285,22 +453,29 @@ async def test_a_dripping_handshake_is_closed_in_time(shared):
     writer.close()
 
 
-async def test_300000_invented_device_ids_on_one_socket_cost_little_memory_and_log(shared, database):
+@pytest.mark.slow
+async def test_300000_invented_device_ids_on_one_socket_cost_little_memory_and_log(
+    shared, database
+):
     process = psutil.Process(shared.process.pid)
     before = process.memory_info().rss
-    text = json.dumps(minute_frame("invented-@", current=None))  # so that each row waits, and is worth a warning
+    # Without a current each row waits, and is worth a warning.
+    text = json.dumps(minute_frame("invented-@", current=None))
     async with device(shared.url) as peer:
         for n in range(300_000):
             await peer.websocket.send(text.replace("@", str(n)))
         await (await peer.websocket.ping())
-        # A device that comes by itself is served all the same.
+        # A real device is still served.
         async with device(shared.url) as good:
             await good.send(minute_frame())
             await wait_for_rows(database, 1)
     assert process.memory_info().rss - before < 40 * 2**20
-    assert 1 <= shared.log.count("at most 1000 devices") <= 2 and len(shared.log) < 200_000
+    assert (
+        1 <= shared.log.count("at most 1000 devices") <= 2 and len(shared.log) < 200_000
+    )
 
 
+@pytest.mark.slow
 async def test_a_peer_that_pings_and_never_reads_is_cut_off(shared, database):
     process = psutil.Process(shared.process.pid)
     before = process.memory_info().rss
@@ -322,12 +497,20 @@ async def test_a_peer_that_pings_and_never_reads_is_cut_off(shared, database):
         await wait_for_rows(database, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("origin", "status"),
-    [("http://evil.example", 403), ("null", 403), ("http://[", 403), ("https://127.0.0.1:{port}", 101), ("http://127.0.0.1:{port}", 101),
-     ("http://127.0.0.1:1", 403), ("http://LOCALHOST:{port}", 403)],
-)  # fmt: skip
-async def test_a_page_of_another_site_may_not_open_the_door(shared, origin, status):
+    [
+        ("http://evil.example", 403),
+        ("null", 403),
+        ("http://[", 403),
+        ("https://127.0.0.1:{port}", 101),
+        ("http://127.0.0.1:{port}", 101),
+        ("http://127.0.0.1:1", 403),
+        ("http://LOCALHOST:{port}", 403),
+    ],
+)
+async def test_a_page_of_another_site_may_not_connect(shared, origin, status):
     origin = origin.format(port=shared.port)
     if status == 101:
         async with device(shared.url, origin=origin):
@@ -336,10 +519,14 @@ async def test_a_page_of_another_site_may_not_open_the_door(shared, origin, stat
         async with connect(shared.url, origin=origin):
             pass
     assert caught.value.response.status_code == status and "ERROR" not in shared.log
-    assert shared.log.count("127.0.0.1 refused: No page of another site may send rows.") == 1
+    assert (
+        shared.log.count("127.0.0.1 refused: No page of another site may send rows.")
+        == 1
+    )
 
 
-async def test_with_a_token_any_origin_may(collectors, database):
+@pytest.mark.slow
+async def test_with_a_token_any_origin_may_connect(collectors, database):
     running = await collectors(DATABASE_URL=database, COLLECTOR_TOKEN="t").ready()
     async with device(running.url + "?token=t", origin="http://evil.example"):
         pass
@@ -357,15 +544,30 @@ while True:
 """
 
 
+@pytest.mark.slow
 async def test_a_flooding_device_does_not_starve_the_others(shared, database):
-    command = [sys.executable, "-c", FLOOD, str(shared.port), HANDSHAKE, json.dumps(minute_frame("flood"))]
-    floods = [subprocess.Popen(command) for _ in range(2)]  # in processes of their own, or they would starve this one
+    command = [
+        sys.executable,
+        "-c",
+        FLOOD,
+        str(shared.port),
+        HANDSHAKE,
+        json.dumps(minute_frame("flood")),
+    ]
+    # These run in processes of their own, or they would starve this one.
+    floods = [subprocess.Popen(command) for _ in range(2)]
     try:
         await wait_for_rows(database, 1)
         async with device(shared.url) as good:
             for n in range(20):
                 await good.send(minute_frame("good", n))
-                await wait_for(lambda n=n: (f"switch:{n}",) in read_rows(database, "channel", "id DESC LIMIT 1"), 5)
+                await wait_for(
+                    lambda n=n: (
+                        (f"switch:{n}",)
+                        in read_rows(database, "channel", "id DESC LIMIT 1")
+                    ),
+                    5,
+                )
         assert [flood.poll() for flood in floods] == [None, None]
     finally:
         for flood in floods:
@@ -373,6 +575,7 @@ async def test_a_flooding_device_does_not_starve_the_others(shared, database):
             flood.wait()
 
 
+@pytest.mark.slow
 async def test_file_descriptors_run_out_and_service_returns(collectors, database):
     mine, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(mine, 900), hard))
@@ -401,26 +604,37 @@ def answers(running):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-async def test_a_stop_closes_devices_with_1001_and_writes_what_is_in_hand(collectors, database, number):
+async def test_a_stop_closes_devices_with_1001_and_writes_what_is_in_hand(
+    collectors, database, number
+):
     running = await collectors(DATABASE_URL=database).ready()
     async with device(running.url) as peer, device(running.url) as bare:
         await bare.send(notify({"switch:0": {"apower": 5.0, "current": 0.1}}, "bare"))
         await peer.send(*(minute_frame(f"d{n:03}") for n in range(500)))
-        await (await peer.websocket.ping())  # all are taken, if not yet written
+        # All frames are taken now, though not all rows may be written.
+        await (await peer.websocket.ping())
         status, took = await running.stop(number)
         assert status == 0 and took < 3
         with pytest.raises(ConnectionClosed) as caught:
             await peer.websocket.recv()
         assert caught.value.rcvd.code == 1001
     written = [row[0] for row in read_rows(database, VALUES)]
-    assert written == [f"d{n:03}" for n in range(500)]  # "bare" still waited for two values: none is invented
-    assert "Traceback" not in running.log and "stopped, 0 rows wait on disk, 0 are lost" in running.log
+    # "bare" still lacked two values, and none is invented.
+    assert written == [f"d{n:03}" for n in range(500)]
+    assert (
+        "Traceback" not in running.log
+        and "stopped, 0 rows wait on disk, 0 are lost" in running.log
+    )
 
 
+@pytest.mark.slow
 async def test_a_stop_does_not_wait_for_frozen_peers(collectors, database):
     running = await collectors(DATABASE_URL=database).ready()
-    frozen = [await asyncio.open_connection("127.0.0.1", running.port) for _ in range(50)]
+    frozen = [
+        await asyncio.open_connection("127.0.0.1", running.port) for _ in range(50)
+    ]
     for _, writer in frozen[:40]:
         writer.write(HANDSHAKE.encode())
     await wait_for(lambda: "devices connected: 40" in running.get()[1])
@@ -430,12 +644,14 @@ async def test_a_stop_does_not_wait_for_frozen_peers(collectors, database):
         writer.close()
 
 
-async def test_an_address_that_is_none_is_one_clear_line_and_status_1(collectors, database):
+@pytest.mark.slow
+async def test_an_invalid_address_is_one_clear_line_and_status_1(collectors, database):
     running = collectors(DATABASE_URL=database, HOST="a..b")
     assert await asyncio.to_thread(running.process.wait, 10) == 1
     assert running.log.count("\n") == 1 and "cannot listen" in running.log
 
 
+@pytest.mark.slow
 async def test_a_port_in_use_is_one_clear_line_and_status_1(collectors, database):
     first = await collectors(DATABASE_URL=database).ready()
     second = collectors(DATABASE_URL=database, PORT=str(first.port))
