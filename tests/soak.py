@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""An hour or more in some minutes: devices report every second while collector and PostgreSQL are killed at random.
+"""Kill, freeze and lock collector and PostgreSQL at random, and then count the rows.
 
     python tests/soak.py --minutes 10
 
-At the end every interval in which a device got a frame through must have its row, once: one that the collector's pong
-confirms, within the interval. What a kill of the collector in good times may cost is the second before it; the report
-counts these intervals apart from any other gap. Needs Linux.
+Meanwhile devices report every second, so that some minutes are worth an hour or more.
+At the end, every interval in which a device got a frame through must have its row, and
+only one. A frame got through when the collector's pong, within the interval, says so.
+
+Only a kill of the collector while all is well may cost something: the second before it.
+The report counts these intervals apart from any other gap. Needs Linux.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
@@ -27,121 +31,239 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from support import Postgres, Running, device, minute_frame, wait_for  # noqa: E402
 
-FAULTS = "kill collector, stop collector, crash database, kill server, hang database, lock table, both".split(", ")
-EARLY = 1 / 240  # a frame that comes this early means the second that begins
+# A frame that comes this early belongs to the second that begins.
+EARLY_S = 1 / 240
+
+# How long before its kill a collector may have taken a frame whose row is lost.
+IN_HAND_S = 1.5
 
 
-async def report(url: str, name: str, sent: dict[str, dict[int, float]]) -> None:
-    """A device that comes back after each drop, and notes when it first got something through in which interval."""
-    while True:
-        with contextlib.suppress(OSError, WebSocketException):
-            async with device(url, close_timeout=0.1, open_timeout=2) as peer:
-                while True:
-                    now = time.time()
-                    await peer.send(minute_frame(name, apower=round(now % 1000, 3)))
-                    await (await peer.websocket.ping())
-                    # The collector's clock said something between these two; if they differ, nobody knows what.
-                    if int(now + EARLY) == int(time.time() + EARLY):
-                        sent[name].setdefault(int(now + EARLY), now)
-                    await asyncio.sleep(0.25)
-        await asyncio.sleep(0.05)
+# ---- Devices -----------------------------------------------------------------
+class SimulatedDevice:
+    """A device that comes back after each drop, and notes what it got through."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        # By interval: the time of the first frame in it that the collector took.
+        self.reported: dict[int, float] = {}
+
+    async def run(self, url: str) -> None:
+        while True:
+            with contextlib.suppress(OSError, WebSocketException):
+                await self.report(url)
+            await asyncio.sleep(0.05)
+
+    async def report(self, url: str) -> None:
+        """Report four times a second until the connection is lost."""
+        async with device(url, close_timeout=0.1, open_timeout=2) as peer:
+            while True:
+                sent_at = time.time()
+                power = round(sent_at % 1000, 3)
+                await peer.send(minute_frame(self.name, apower=power))
+                pong = await peer.websocket.ping()
+                await pong
+                # The collector's clock said something between these two. If they are in
+                # different intervals, nobody knows which one the frame counts for.
+                interval = interval_of(sent_at)
+                if interval == interval_of(time.time()):
+                    self.reported.setdefault(interval, sent_at)
+                await asyncio.sleep(0.25)
 
 
-async def disturb(running: Running, postgres: Postgres, fault: str, seconds: float, deaths: list[float]) -> None:
-    """One fault, and its end."""
-    if fault in ("crash database", "both"):
-        await asyncio.to_thread(postgres.crash)
-    if fault == "kill server":
-        postgres.server.kill()
-        await asyncio.to_thread(postgres.server.wait)
-    if fault == "hang database":
-        postgres.signal_all(signal.SIGSTOP)
-    if fault == "lock table":
-        locker = await psycopg.AsyncConnection.connect(postgres.url)
-        await locker.execute("LOCK TABLE power_logs")
-    if fault != "kill collector":
+def interval_of(moment: float) -> int:
+    return int(moment + EARLY_S)
+
+
+def count_reported(devices: list[SimulatedDevice]) -> int:
+    return sum(len(one.reported) for one in devices)
+
+
+# ---- Faults ------------------------------------------------------------------
+class House:
+    """A collector with a PostgreSQL, and what can happen to them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.postgres = Postgres(folder / "own")
+        env = {
+            "DATABASE_URL": self.postgres.url,
+            "THROTTLE_INTERVAL_SECONDS": "1",
+        }
+        self.collector = Running(folder, env)
+        # When the collector was killed.
+        self.deaths: list[float] = []
+
+    async def kill_collector(self, seconds: float) -> None:
+        self.deaths.append(time.time())
+        self.collector.process.kill()
+        await asyncio.to_thread(self.collector.process.wait)
+        await self.collector.again()
+
+    async def stop_collector(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
-    if fault in ("kill collector", "both"):
-        deaths.append(time.time())
-        running.process.kill()
-        await asyncio.to_thread(running.process.wait)
-        await running.again()
-    if fault == "stop collector":
-        status, took = await running.stop()
-        assert status == 0 and took < 3.5, (status, took)
-        await running.again()
-    if fault in ("crash database", "kill server", "both"):
-        await asyncio.to_thread(postgres.start)
-    if fault == "hang database":
-        postgres.signal_all(signal.SIGCONT)
-    if fault == "lock table":
-        await locker.rollback()
-        await locker.close()
+        status, took_s = await self.collector.stop()
+        assert status == 0, f"exit status {status}"
+        assert took_s < 3.5, f"the stop took {took_s} s"
+        await self.collector.again()
+
+    async def crash_database(self, seconds: float) -> None:
+        await asyncio.to_thread(self.postgres.crash)
+        await asyncio.sleep(seconds)
+        await asyncio.to_thread(self.postgres.start)
+
+    async def kill_server(self, seconds: float) -> None:
+        """Kill the server's first process alone; its others find out by themselves."""
+        self.postgres.server.kill()
+        await asyncio.to_thread(self.postgres.server.wait)
+        await asyncio.sleep(seconds)
+        await asyncio.to_thread(self.postgres.start)
+
+    async def hang_database(self, seconds: float) -> None:
+        self.postgres.signal_all(signal.SIGSTOP)
+        await asyncio.sleep(seconds)
+        self.postgres.signal_all(signal.SIGCONT)
+
+    async def lock_table(self, seconds: float) -> None:
+        async with await psycopg.AsyncConnection.connect(self.postgres.url) as locker:
+            await locker.execute("LOCK TABLE power_logs")
+            await asyncio.sleep(seconds)
+
+    async def crash_both(self, seconds: float) -> None:
+        await asyncio.to_thread(self.postgres.crash)
+        await asyncio.sleep(seconds)
+        await self.kill_collector(0)
+        await asyncio.to_thread(self.postgres.start)
+
+    async def is_settled(self) -> bool:
+        health = await self.collector.health()
+        is_connected = health.get("database") == "connected"
+        return is_connected and health.get("rows waiting") == "0"
+
+    def end(self) -> None:
+        self.collector.process.kill()
+        self.collector.process.wait()
+        self.postgres.stop()
 
 
-async def soak(minutes: float, devices: int, seed: int) -> int:
-    rnd, faults, deaths = random.Random(seed), Counter[str](), list[float]()
-    sent: dict[str, dict[int, float]] = {f"d{n:03}": {} for n in range(devices)}
+FAULTS = {
+    "kill collector": House.kill_collector,
+    "stop collector": House.stop_collector,
+    "crash database": House.crash_database,
+    "kill server": House.kill_server,
+    "hang database": House.hang_database,
+    "lock table": House.lock_table,
+    "both": House.crash_both,
+}
+
+
+async def disturb(
+    house: House, devices: list[SimulatedDevice], minutes: float, rnd: random.Random
+) -> None:
+    """Let faults happen for as long as that, at random."""
+    counts = Counter[str]()
+    end = time.monotonic() + minutes * 60
+    while time.monotonic() < end:
+        await asyncio.sleep(rnd.uniform(1, 15))
+        fault = rnd.choice(list(FAULTS))
+        counts[fault] += 1
+        await FAULTS[fault](house, rnd.uniform(0.5, 8))
+        intervals = count_reported(devices)
+        print(f"\r{counts.total()} faults, {intervals} intervals", end="", flush=True)
+    print(f"\nfaults: {dict(counts)}")
+
+
+async def soak(minutes: float, device_count: int, seed: int) -> int:
+    """Return the exit status: 0 if all rows are there."""
+    devices = [SimulatedDevice(f"d{number:03}") for number in range(device_count)]
     with tempfile.TemporaryDirectory() as folder:
-        postgres = Postgres(Path(folder) / "own")
-        running = Running(Path(folder), {"DATABASE_URL": postgres.url, "THROTTLE_INTERVAL_SECONDS": "1"})
+        house = House(Path(folder))
         try:
-            await running.ready()
-            living = [asyncio.create_task(report(running.url, name, sent)) for name in sent]
-            end = time.monotonic() + minutes * 60
-            while time.monotonic() < end:
-                await asyncio.sleep(rnd.uniform(1, 15))
-                fault = rnd.choice(FAULTS)
-                faults[fault] += 1
-                await disturb(running, postgres, fault, rnd.uniform(0.5, 8), deaths)
-                print(f"\r{faults.total()} faults, {sum(map(len, sent.values()))} intervals", end="", flush=True)
-            await asyncio.sleep(3)
-            for task in living:
-                task.cancel()
-
-            async def settled() -> bool:
-                health = await running.health()
-                return health.get("database") == "connected" and health.get("rows waiting") == "0"
-
-            await wait_for(settled, 60)
+            await house.collector.ready()
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(one.run(house.collector.url)) for one in devices
+                ]
+                await disturb(house, devices, minutes, random.Random(seed))
+                # Some seconds without a fault, which must not lose anything either.
+                await asyncio.sleep(3)
+                for task in tasks:
+                    task.cancel()
+            await wait_for(house.is_settled, 60)
+            # Rows that still waited for a value follow within an interval.
             await asyncio.sleep(1)
-            print(f"\nfaults: {dict(faults)}")
-            return judge(postgres.url, sent, deaths, running.log)
+            return judge(house, devices)
         finally:
-            running.process.kill()
-            running.process.wait()
-            postgres.stop()
+            house.end()
 
 
-def judge(url: str, sent: dict[str, dict[int, float]], deaths: list[float], log: str) -> int:
-    """Compare what was sent with what is in the table; the exit status."""
-    with psycopg.connect(url) as conn:
-        rows = conn.execute(
-            "SELECT device_id, extract(epoch FROM timestamp)::float, count(*) FROM power_logs GROUP BY 1, 2"
-        )
-        found = {(name, when): count for name, when, count in rows}
-    doubles = [place for place, count in found.items() if count > 1]
-    in_hand, lost = 0, []
-    for name, intervals in sent.items():
-        for interval, when in intervals.items():
-            if (name, interval) in found:
-                continue
-            if any(0 <= death - when <= 1.5 for death in deaths):
-                in_hand += 1
-            else:
-                lost.append((name, interval, when))
-    reported = sum(map(len, sent.values()))
-    print(f"intervals reported: {reported}, in the table: {len(found)}, doubles: {len(doubles)} {doubles[:10]}")
-    print(f"missing within 1.5 s before a kill -9: {in_hand}, missing otherwise: {len(lost)} {lost[:10]}")
-    print(f"tracebacks in the log: {log.count('Traceback')}, lines: {log.count(chr(10))}")
-    failed = bool(lost or doubles or "Traceback" in log)
-    if failed:
+# ---- The count ---------------------------------------------------------------
+@dataclass
+class Verdict:
+    """What became of the reported intervals; each is named by device and second."""
+
+    in_table: int
+    doubles: list[tuple[str, int]]
+    missing_in_hand: list[tuple[str, int]] = field(default_factory=list)
+    missing_otherwise: list[tuple[str, int]] = field(default_factory=list)
+
+
+def judge(house: House, devices: list[SimulatedDevice]) -> int:
+    """Print the comparison of what was reported with the table; return the status."""
+    verdict = compare(devices, count_rows(house.postgres.url), house.deaths)
+    log = house.collector.log
+    doubles = verdict.doubles
+    missing = verdict.missing_otherwise
+    print(f"intervals reported: {count_reported(devices)}")
+    print(f"intervals in the table: {verdict.in_table}")
+    print(f"intervals with more than one row: {len(doubles)} {doubles[:10]}")
+    print(f"missing just before a kill -9: {len(verdict.missing_in_hand)}")
+    print(f"missing otherwise: {len(missing)} {missing[:10]}")
+    print(
+        f"tracebacks in the log: {log.count('Traceback')}, lines: {log.count(chr(10))}"
+    )
+    if doubles or missing or "Traceback" in log:
         print(log)
-    return int(failed)
+        return 1
+    return 0
+
+
+def count_rows(url: str) -> dict[tuple[str, int], int]:
+    """Return how many rows the table has, by device and interval."""
+    query = """
+        SELECT device_id, extract(epoch FROM timestamp)::bigint, count(*)
+        FROM power_logs GROUP BY 1, 2
+    """
+    with psycopg.connect(url) as conn:
+        rows = conn.execute(query).fetchall()
+    return {(name, interval): count for name, interval, count in rows}
+
+
+def compare(
+    devices: list[SimulatedDevice],
+    row_counts: dict[tuple[str, int], int],
+    deaths: list[float],
+) -> Verdict:
+    doubles = [place for place, count in row_counts.items() if count > 1]
+    verdict = Verdict(len(row_counts), doubles)
+    for one in devices:
+        for interval, sent_at in one.reported.items():
+            place = (one.name, interval)
+            if place in row_counts:
+                continue
+            if was_in_hand(sent_at, deaths):
+                verdict.missing_in_hand.append(place)
+            else:
+                verdict.missing_otherwise.append(place)
+    return verdict
+
+
+def was_in_hand(sent_at: float, deaths: list[float]) -> bool:
+    return any(0 <= death - sent_at <= IN_HAND_S for death in deaths)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--devices", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
