@@ -1112,8 +1112,8 @@ async def process_request(
         return None
     if is_upgrade(request):
         reason = bytes(response.body).decode().strip()
-        about = f"{address_of(connection)} refused"
-        complain(collector, about, "%s: %s", about, reason)
+        text = f"{address_of(connection)} refused: {reason}"
+        complain(collector, text, "%s", text)
     if request.method == "HEAD":
         # Only the headers are sent.
         response.body = b""

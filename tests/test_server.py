@@ -292,6 +292,19 @@ async def test_only_the_right_token_lets_a_device_in(collectors, database, token
 
 
 @pytest.mark.slow
+async def test_devices_behind_one_address_that_are_refused_each_have_their_line(
+    collectors, database
+):
+    running = await collectors(DATABASE_URL=database, COLLECTOR_TOKEN="x").ready()
+    for url in (running.url, running.url.replace("/ws", "/wss")):
+        with pytest.raises(InvalidStatus):
+            async with connect(url):
+                pass
+    await wait_for(lambda: "127.0.0.1 refused: Not found" in running.log, 5)
+    assert "127.0.0.1 refused: The URL lacks the right" in running.log
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path", ["/", "/ws/", "/WS", "/health", "/nothing?token=secret"]
 )
