@@ -1,5 +1,5 @@
-"""PostgreSQL, for whoever uses it: how to connect, deadlines,
-the state of the table, and calling a function of schema.sql."""
+"""PostgreSQL, for whoever uses it: how to connect, deadlines, the state of the table,
+and calling a function of schema.sql."""
 
 import asyncio
 import logging
@@ -37,12 +37,16 @@ READ_TABLE = r"""
 WITH power_logs AS (
     SELECT to_regclass('power_logs') AS oid
 ), tables AS (
-    -- It may be a view of the owner's: then the table that it is made of.
+    -- It may be a view of the owner's. Then the table that it is made of counts, unless
+    -- a trigger takes the rows, or the view takes none (8: INSERT).
     SELECT oid FROM power_logs
     UNION
-    SELECT refobjid FROM pg_depend JOIN pg_rewrite ON objid = pg_rewrite.oid, power_logs
-    WHERE ev_class = power_logs.oid AND classid = 'pg_rewrite'::regclass
-        AND refclassid = 'pg_class'::regclass
+    SELECT refobjid FROM pg_depend JOIN pg_rewrite ON objid = pg_rewrite.oid
+    JOIN pg_class ON ev_class = pg_class.oid
+    WHERE ev_class = (SELECT oid FROM power_logs)
+        AND classid = 'pg_rewrite'::regclass AND refclassid = 'pg_class'::regclass
+        AND NOT relhastriggers
+        AND pg_relation_is_updatable(ev_class, false) & 8 <> 0
 ), unique_indexes AS (
     -- Their columns, without those that are only INCLUDEd.
     SELECT indimmediate, (

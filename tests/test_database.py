@@ -127,6 +127,26 @@ async def test_a_view_in_the_tables_place_keeps_its_rule(writer, database, caplo
     assert len(read_rows(database)) == 5
 
 
+async def test_a_view_whose_trigger_takes_the_rows_is_written_to(writer, database):
+    # PostgreSQL knows no ON CONFLICT there, though the table below has the rule.
+    await prepare(database)
+    execute(
+        database,
+        "ALTER TABLE power_logs RENAME TO power_rows",
+        "CREATE VIEW power_logs AS SELECT * FROM power_rows",
+        """CREATE FUNCTION take_row() RETURNS TRIGGER LANGUAGE plpgsql AS $$ BEGIN
+        INSERT INTO power_rows (timestamp, device_id, channel, apower_w, voltage_v,
+            current_a, energy_total_wh) VALUES (NEW.timestamp, NEW.device_id,
+            NEW.channel, NEW.apower_w, NEW.voltage_v, NEW.current_a,
+            NEW.energy_total_wh) ON CONFLICT DO NOTHING;
+        RETURN NEW; END $$""",
+        "CREATE TRIGGER take INSTEAD OF INSERT ON power_logs"
+        " FOR EACH ROW EXECUTE FUNCTION take_row()",
+    )
+    await writer([row(n) for n in range(5)])
+    assert len(read_rows(database)) == 5 and writer.collector.outages == 0
+
+
 async def test_many_processes_may_apply_the_schema_at_once(database):
     await asyncio.gather(*(prepare(database) for _ in range(12)))
     assert indexes(database) >= PARTS
