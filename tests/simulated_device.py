@@ -17,7 +17,15 @@ channel above 10 W pass, and the connection opens with the first of them.
 counters (emdata:0) at each full minute. Phase c has solar panels, which feed power back
 by day. `--unconnected b` leaves that phase without a wire, so it reports 0 V.
 `--model proem50` has two clamps, the second around the panels' wire, and a relay without
-a meter.
+a meter. `--model balcony` is a plug with solar panels, whose counter counts both
+directions. `--model pmmini` says nothing under a steady load, but answers. `--model
+1pmgen4` sends power, voltage and current every few seconds, and its counter in whole
+statuses alone. `--model bulb` has neither voltage nor current. `--model charger` tells its
+power in object:200.
+
+`--clock-error -0.3` is a device whose clock is behind by so many seconds, so its minute
+frames come late; above 0 they come early. `--odd-minute-ts` is firmware 1.1, whose minute
+frames do not name their minute.
 
 `--history 24h` makes it a house: a pump, a heater, a fridge and a spare output. It first
 plays its last hours within seconds, with the time of each frame as `received`, and then
@@ -50,20 +58,26 @@ class Switch:
     """An output with a meter. Powers are in W, counters in Wh."""
 
     name: str | None = None
+    kind = "switch"
     # As a part of the load.
     spread = 0.1
+    # Firmware 1.1 has a minute_ts that is no full minute.
+    odd_minute_ts = False
 
     def __init__(
         self, number: int, rnd: random.Random, old_firmware: bool = False
     ) -> None:
         self.number, self.rnd, self.old_firmware = number, rnd, old_firmware
-        self.key = f"switch:{number}"
+        self.key = f"{self.kind}:{number}"
         self.on = True
         self.load_w = rnd.uniform(20, 1500)
         self.apower = self.current = 0.0
         self.voltage = 230.0
+        # This counts both directions, the other one what was given back.
         self.total = rnd.uniform(100, 9999)
+        self.returned = 0.0
         self.by_minute = [0.0, 0.0, 0.0]
+        self.returned_by_minute = [0.0, 0.0, 0.0]
         self.change_load()
 
     def change_load(self) -> None:
@@ -73,15 +87,28 @@ class Switch:
             else 0
         )
         self.voltage = round(self.rnd.uniform(226, 234), 1)
-        self.current = round(self.apower / self.voltage * 1.02, 3) if self.on else 0
+        amps = abs(self.apower) / self.voltage * 1.02
+        self.current = round(amps, 3) if self.on else 0
 
     def pass_minute(self, hour: int) -> None:
-        self.total += self.apower / 60
-        self.by_minute = [round(self.apower / 60 * 1000, 3), *self.by_minute[:2]]
+        self.total += abs(self.apower) / 60
+        self.by_minute = [round(abs(self.apower) / 60 * 1000, 3), *self.by_minute[:2]]
+        given_back = max(-self.apower, 0) / 60
+        self.returned += given_back
+        self.returned_by_minute = [
+            round(given_back * 1000, 3),
+            *self.returned_by_minute[:2],
+        ]
         self.voltage = round(self.rnd.uniform(226, 234), 1)
 
     def energy(self, minute_ts: int) -> Frame:
-        returned = {"by_minute": [0.0, 0.0, 0.0], "minute_ts": minute_ts, "total": 0.0}
+        if self.odd_minute_ts:
+            minute_ts += 7
+        returned = {
+            "by_minute": self.returned_by_minute,
+            "minute_ts": minute_ts,
+            "total": round(self.returned, 3),
+        }
         counted = {
             "by_minute": self.by_minute,
             "minute_ts": minute_ts,
@@ -148,6 +175,89 @@ class Switch:
                 {self.key: {"apower": self.apower, "current": self.current}},
             ]
         return [{self.key: {"apower": 0, "current": 0, "pf": 0, **source}}]
+
+
+class Panels(Switch):
+    """A plug that solar panels feed power into by day; at night the inverter draws a
+    little."""
+
+    name = "Panels"
+
+    def change_load(self) -> None:
+        super().change_load()
+        if 7 <= time.localtime().tm_hour < 19:
+            self.apower = -abs(self.apower)
+        else:
+            self.apower, self.current = 4.0, 0.018
+
+    def change(self) -> list[Frame]:
+        self.change_load()
+        return [{self.key: {"apower": self.apower, "current": self.current}}]
+
+
+class SilentMeter(Switch):
+    """A PM Mini before 1.6.2: under a steady load it says nothing, but it answers."""
+
+    kind = "pm1"
+
+    def minute(self, minute_ts: int) -> Frame:
+        return {}
+
+    def status(self, minute_ts: int) -> Frame:
+        component = super().status(minute_ts)[self.key]
+        return {self.key: {n: v for n, v in component.items() if n != "output"}}
+
+    def change(self) -> list[Frame]:
+        return []
+
+
+class LateSwitch(Switch):
+    """A 1PM Gen4 that sends power, voltage and current, but its counter in whole statuses
+    alone."""
+
+    def minute(self, minute_ts: int) -> Frame:
+        return {}
+
+    def change(self) -> list[Frame]:
+        self.change_load()
+        fields = {"apower": self.apower, "voltage": self.voltage}
+        return [{self.key: fields | {"current": self.current}}]
+
+
+class Bulb(Switch):
+    """A Gen3 bulb, which has no voltage and no current."""
+
+    kind = "cct"
+
+    def measured(self) -> Frame:
+        return {"apower": self.apower}
+
+    def turned(self) -> list[Frame]:
+        return [{self.key: {"apower": self.apower, "output": self.on}}]
+
+    def change(self) -> list[Frame]:
+        self.change_load()
+        return [{self.key: {"apower": self.apower, "brightness": 60}}]
+
+
+class Charger(Switch):
+    """An EV charger, which tells its power in units that no document settles."""
+
+    kind = "object"
+
+    def minute(self, minute_ts: int) -> Frame:
+        return {}
+
+    def status(self, minute_ts: int) -> Frame:
+        phase = {"power": self.apower / 1000, "voltage": self.voltage}
+        return {self.key: {"value": {"total_power": self.apower, "phase_a": phase}}}
+
+    def config(self) -> Frame:
+        return {self.key: {"id": self.number, "name": "Charger"}}
+
+    def change(self) -> list[Frame]:
+        self.change_load()
+        return [self.status(0)]
 
 
 class Relay:
@@ -392,6 +502,9 @@ class Device:
     name: str | None = None
     # The time in the past that its frames stand for; None: now.
     at: float | None = None
+    # The right time, and by how much its own clock is ahead of it.
+    clock: Callable[[], float] = staticmethod(time.time)
+    clock_error_s = 0.0
     # Between two changes, in minutes.
     pauses = (0.2, 0.5)
 
@@ -412,8 +525,12 @@ class Device:
         self.synced = False
         self.sent: list[Frame] = []
 
+    def time(self) -> float:
+        """The time by its own clock."""
+        return self.clock() + self.clock_error_s
+
     def now(self) -> float:
-        return self.at or round(time.time() - (0 if self.synced else self.booted), 2)
+        return self.at or round(self.time() - (0 if self.synced else self.booted), 2)
 
     def notify(self, components: Frame, method: str = "NotifyStatus") -> Frame:
         frame = {
@@ -425,7 +542,7 @@ class Device:
         return frame | {"received": self.at} if self.at else frame
 
     def components(self) -> Frame:
-        minute_ts = int(time.time()) // 60 * 60
+        minute_ts = int(self.time()) // 60 * 60
         components = {
             "ble": {},
             "cloud": {"connected": True},
@@ -433,8 +550,8 @@ class Device:
             "mqtt": {"connected": False},
             "sys": {
                 "mac": self.id[-12:].upper(),
-                "unixtime": int(time.time()),
-                "uptime": int(time.time() - self.booted),
+                "unixtime": int(self.time()),
+                "uptime": int(self.clock() - self.booted),
             },
             "wifi": {"sta_ip": "192.168.1.20", "status": "got ip", "rssi": -58},
             "ws": {"connected": True},
@@ -472,7 +589,7 @@ class Device:
 
     def minute(self) -> list[Frame]:
         """A frame for each part that has a meter, even while it is off."""
-        minute_ts = int(self.at or time.time()) // 60 * 60
+        minute_ts = int(self.at or self.time()) // 60 * 60
         hour = time.localtime(minute_ts).tm_hour
         for part in self.parts:
             part.pass_minute(hour)
@@ -488,6 +605,22 @@ class Device:
             self.notify(components)
             for components in self.rnd.choice(self.parts).change()
         ]
+
+
+class SmallDevice(Device):
+    """A device with a single part, and how often it speaks, in minutes."""
+
+    def __init__(
+        self,
+        device_id: str,
+        part: type[Switch],
+        number: int = 0,
+        seed: int = 1,
+        pauses: tuple[float, float] = (0.2, 0.5),
+    ) -> None:
+        super().__init__(device_id, seed=seed)
+        self.parts = [part(number, self.rnd)]
+        self.pauses = pauses
 
 
 class Pro3EM(Device):
@@ -657,12 +790,13 @@ async def play(line: Line, minute_s: float, minutes: int | None) -> None:
     done = 0
     while minutes is None or done < minutes:
         till_minute, pause = (
-            minute_s - time.time() % minute_s,
+            minute_s - device.time() % minute_s,
             minute_s * device.rnd.uniform(*device.pauses),
         )
         if till_minute > pause + 0.05 * minute_s:
             await asyncio.sleep(pause)
-            await line.send(*device.change())
+            if changes := device.change():
+                await line.send(*changes)
             continue
         await asyncio.sleep(
             till_minute + device.rnd.uniform(0, 0.02) * min(1, minute_s)
@@ -709,6 +843,15 @@ MODEL_OF_OPTION = {
     "old_firmware": "pro4pm",
     "filter": "pro4pm",
     "unconnected": "pro3em",
+    "odd_minute_ts": "pro4pm",
+}
+# The part, its number and the pauses of each model that has a single part.
+SMALL_MODELS: dict[str, tuple[type[Switch], int, tuple[float, float]]] = {
+    "balcony": (Panels, 0, (0.2, 0.5)),
+    "pmmini": (SilentMeter, 0, (1, 2)),
+    "1pmgen4": (LateSwitch, 0, (0.11, 0.12)),
+    "bulb": (Bulb, 0, (0.2, 0.5)),
+    "charger": (Charger, 200, (0.2, 0.5)),
 }
 
 
@@ -718,7 +861,7 @@ def read_arguments() -> argparse.Namespace:
     add = parser.add_argument
     default = "default: %(default)s"
     add("url", nargs="?", default="ws://localhost:5000/ws", help=default)
-    models = ["pro4pm", "pro3em", "proem50"]
+    models = ["pro4pm", "pro3em", "proem50", *SMALL_MODELS]
     add("--model", choices=models, default="pro4pm", help=default)
     add("--devices", type=int, default=1, help="how many")
     add("--channels", type=int, help="of each Pro 4PM; default: 4")
@@ -732,6 +875,10 @@ def read_arguments() -> argparse.Namespace:
     add("--filter", action="store_true", help="send what the filter in front lets pass")
     unconnected_help = "the phase of a Pro 3EM that has no wire"
     add("--unconnected", choices="abc", help=unconnected_help)
+    clock_help = "by how many seconds its clock is ahead; below 0: behind"
+    add("--clock-error", type=float, default=0.0, metavar="S", help=clock_help)
+    odd_help = "firmware 1.1: minute frames do not name their minute"
+    add("--odd-minute-ts", action="store_true", help=odd_help)
     add("--quiet", action="store_true", help="do not show what is sent")
     args = parser.parse_args()
     if not args.minute > 0:
@@ -745,13 +892,25 @@ def read_arguments() -> argparse.Namespace:
 
 
 def make_device(args: argparse.Namespace, n: int) -> Device:
-    """The device with the number `n`, beginning with 0."""
+    """The device with the number `n`, beginning with 0, and the clock that was asked
+    for."""
+    device = make_model(args, n)
+    device.clock_error_s = args.clock_error
+    for part in device.parts:
+        part.odd_minute_ts = args.odd_minute_ts
+    return device
+
+
+def make_model(args: argparse.Namespace, n: int) -> Device:
     device_id = f"shelly{args.model}-a1b2c3{n:06x}"
     channels = 4 if args.channels is None else args.channels
     if args.model == "pro3em":
         return Pro3EM(device_id, args.unconnected, seed=n)
     if args.model == "proem50":
         return ProEM50(device_id, seed=n)
+    if args.model in SMALL_MODELS:
+        part, number, pauses = SMALL_MODELS[args.model]
+        return SmallDevice(device_id, part, number, seed=n, pauses=pauses)
     if args.history:
         return House(n + 1, channels, args.old_firmware, args.history)
     return Device(device_id, channels, args.old_firmware, seed=n)
