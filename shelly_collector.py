@@ -78,6 +78,9 @@ GET_STATUS = '{"id":2,"src":"collector","method":"Shelly.GetStatus"}'
 GET_CONFIG = '{"id":3,"src":"collector","method":"Shelly.GetConfig"}'
 GET_CONFIG_ID = b"3"
 
+# A minute frame names its minute. By the server's clock it may come so much earlier or
+# later, since the device's own clock may be off.
+MAX_CLOCK_ERROR = 20.0
 # Firmware before 1.5 rarely sends its voltage. Ask for a full status if we have none
 # newer than this.
 MAX_VOLTAGE_AGE = 300.0
@@ -139,6 +142,9 @@ Counted = Annotated[float, Meta(ge=-1e12, le=1e12)] | UnsetType | None
 class Energy(msgspec.Struct, gc=False):
     # Wh
     total: Counted = UNSET
+    # The start of the minute that goes on, by the device's clock, in seconds since
+    # 1970. Firmware 1.0 and 1.1 say something else.
+    minute_ts: float | None = None
 
 
 class Meter(msgspec.Struct, gc=False):
@@ -210,7 +216,7 @@ class Frame(msgspec.Struct, gc=False):
 decode_frame: Callable[[str | bytes], Frame] = msgspec.json.Decoder(Frame).decode
 
 
-Decode = Callable[[Raw], Component | None]
+Decode = Callable[[Raw], Component]
 
 
 class ChannelDecoder(NamedTuple):
@@ -218,7 +224,7 @@ class ChannelDecoder(NamedTuple):
 
     # The channel's key in the table.
     key: str
-    # Raises ValueError. None: the component is null.
+    # Raises ValueError.
     decode: Decode
 
 
@@ -243,7 +249,7 @@ def make_decoders(numbers: Collection[int]) -> dict[str, list[ChannelDecoder]]:
 
 
 def make_decode(struct: type[Component]) -> Decode:
-    decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(struct | None)
+    decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(struct)
     return decoder.decode
 
 
@@ -320,6 +326,8 @@ class Channel:
     voltage_time: float = 0.0
     # The start of the interval that the newest row stands for.
     last_interval: float = 0.0
+    # It is in Collector.held_back.
+    held_back: bool = False
     # The newest row was above MIN_POWER_W.
     running: bool = False
     # The log has said which values never came.
@@ -336,7 +344,9 @@ class Collector:
     # By component key.
     decoders: dict[str, list[ChannelDecoder]]
     interval_s: float
-    # A minute frame that comes early by the server's clock, by this much at most,
+    # A frame names its minute, and comes so much before or after it at most.
+    clock_error_s: float
+    # A frame with a counter that names no minute, and comes early by this much at most,
     # counts for the minute that is about to begin.
     early_s: float
     # By channel_id: the device's and the channel's key, without anything between.
@@ -380,6 +390,7 @@ def make_collector(settings: Settings) -> Collector:
         outbox=Outbox(Path(settings.data_dir)),
         decoders=make_decoders(settings.channels or ALL_CHANNELS),
         interval_s=interval_s,
+        clock_error_s=min(MAX_CLOCK_ERROR, interval_s / 3),
         early_s=min(0.25, interval_s / 240),
     )
 
@@ -475,13 +486,12 @@ def take_frame(
     if frame.method is None and bytes(frame.id) == GET_CONFIG_ID:
         keep_config(collector, frame.src, components)
         return None
-    length = collector.interval_s
-    interval = (now + collector.early_s) // length * length
+    due, interval = update_channels(collector, frame, components, now)
     incomplete = False
     # This comes after all components are merged: a clamp's counter may follow its
     # power.
-    for channel in update_channels(collector, frame, components, interval, now):
-        if interval != channel.last_interval:
+    for channel in due:
+        if is_newer(collector, interval, channel.last_interval, now):
             incomplete = incomplete or needs_status(channel, now)
             if should_write(collector, channel):
                 add_pending_row(collector, channel, interval)
@@ -521,53 +531,85 @@ def needs_status(channel: Channel, now: float) -> bool:
 
 
 def update_channels(
-    collector: Collector,
-    frame: Frame,
-    components: dict[str, Raw],
-    interval: float,
-    now: float,
-) -> list[Channel]:
+    collector: Collector, frame: Frame, components: dict[str, Raw], now: float
+) -> tuple[list[Channel], float]:
     """Merge a frame's components into the known status.
 
-    Returns the channels that may get a row, or have one that waits."""
+    Returns the channels that may get a row, or have one that waits; and the start of
+    the interval that the frame counts for."""
     full = frame.method != "NotifyStatus"
+    interval = now // collector.interval_s * collector.interval_s
     due = []
     for key, text in components.items():
         for decoder in collector.decoders.get(key, ()):
             try:
                 component = decoder.decode(text)
             except ValueError as exc:
-                about = f"{frame.src} {key}"
-                complain(collector, about, "%s: passed over: %s", about, exc)
+                pass_over(collector, f"{frame.src} {key}", text, exc)
                 continue
-            if component is None:
-                continue
-            channel_id = frame.src + decoder.key
-            channels = collector.channels
-            if frame.received is not None:
-                channels = channels_for_held_back(collector, channel_id, now)
-            channel = channels.get(channel_id)
-            if channel is None:
-                channel = Channel(frame.src, decoder.key)
+            if component.aenergy is not UNSET:
+                interval = interval_of(collector, component.aenergy, now)
+            channel = collector.channels.get(frame.src + decoder.key)
+            if channel is None or frame.received is not None:
+                channel = find_channel(collector, frame, decoder.key, now)
             if not merge(channel, component, full, now):
                 continue
             channel.heard = now
             if interval != channel.last_interval or channel.pending:
-                remember(channels, channel_id, channel)
+                remember(collector, channel)
                 due.append(channel)
-    return due
+    return due, interval
 
 
-def channels_for_held_back(
-    collector: Collector, channel_id: str, now: float
-) -> dict[str, Channel]:
-    """The known status that a held-back frame is laid over: the live one, or, if newer
-    frames have come meanwhile, that of held-back frames alone."""
+def pass_over(collector: Collector, about: str, text: Raw, exc: ValueError) -> None:
+    """Name a component that cannot be read; null is no news."""
+    if bytes(text) != b"null":
+        complain(collector, about, "%s: passed over: %s", about, exc)
+
+
+def interval_of(
+    collector: Collector, counter: Energy | float | None, now: float
+) -> float:
+    """The start of the interval that a frame with a counter counts for. A minute frame
+    says which minute it means."""
+    moment = now + collector.early_s
+    if isinstance(counter, Energy):
+        minute_ts = counter.minute_ts
+        if minute_ts is not None and minute_ts % 60 == 0:
+            if abs(minute_ts - now) <= collector.clock_error_s:
+                moment = minute_ts
+    return moment // collector.interval_s * collector.interval_s
+
+
+def is_newer(collector: Collector, interval: float, newest: float, now: float) -> bool:
+    """Whether a reading counts for another interval than the newest one so far.
+
+    If a frame came early, what follows it in the interval before is no newer; if the
+    clock has stepped back, it is."""
+    if interval == newest:
+        return False
+    came_early = interval < newest <= now + collector.clock_error_s
+    return not came_early
+
+
+def find_channel(
+    collector: Collector, frame: Frame, channel_key: str, now: float
+) -> Channel:
+    """The known status that a reading is laid over, a new one if there is none.
+
+    For a frame that was held back it is the live one, or, if newer frames have come
+    meanwhile, that of held-back frames alone."""
+    channel_id = frame.src + channel_key
     live = collector.channels.get(channel_id)
-    if live is None or live.heard <= now:
-        return collector.channels
+    if live is None:
+        return Channel(frame.src, channel_key)
+    if frame.received is None or live.heard <= now:
+        return live
     forget_other_outage(collector, channel_id, now)
-    return collector.held_back
+    earlier = collector.held_back.get(channel_id)
+    if earlier is None:
+        return Channel(frame.src, channel_key, held_back=True)
+    return earlier
 
 
 def forget_other_outage(collector: Collector, channel_id: str, now: float) -> None:
@@ -579,9 +621,13 @@ def forget_other_outage(collector: Collector, channel_id: str, now: float) -> No
     release_complete_rows(collector, earlier, expired_by=float("inf"))
 
 
-def remember(channels: dict[str, Channel], channel_id: str, channel: Channel) -> None:
+def remember(collector: Collector, channel: Channel) -> None:
     """Move a channel to the end. Beyond MAX_CHANNELS forget the first, for which no row
     has been due for longest, with the rows that it has pending."""
+    channels = collector.channels
+    if channel.held_back:
+        channels = collector.held_back
+    channel_id = channel.device_id + channel.key
     channels.pop(channel_id, None)
     channels[channel_id] = channel
     if len(channels) > MAX_CHANNELS:

@@ -26,6 +26,7 @@ import psycopg
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.server import ServerProtocol
 
 from local_postgres import (
     child_options,
@@ -42,9 +43,11 @@ from shelly_collector import (
     ENABLE_NOTIFICATIONS,
     GET_STATUS,
     Collector,
+    DeviceConnection,
     make_collector,
     release_complete_rows,
     take_frame,
+    take_message,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -60,11 +63,11 @@ DEVICE = "shellypro4pm-a1b2c3d4e5f6"
 def minute_frame(
     device: str = DEVICE, channel: int = 0, apower: float = 433.8, **fields: Any
 ) -> dict[str, Any]:
-    """What a Pro 4PM sends at the full minute. `fields` replace its own; None removes one."""
+    """What a Pro 4PM sends at the full minute, here without the minute's name, as before
+    it has the time. `fields` replace its own; None removes one."""
     component = {
         "aenergy": {
             "by_minute": [7035.312, 7161.568, 7514.251],
-            "minute_ts": 1795437480,
             "total": 1234.567,
         },
         "apower": apower,
@@ -74,7 +77,6 @@ def minute_frame(
         "pf": 0.8,
         "ret_aenergy": {
             "by_minute": [0.0, 0.0, 0.0],
-            "minute_ts": 1795437480,
             "total": 0.0,
         },
         "voltage": 228.2,
@@ -565,12 +567,20 @@ def new_collector(**env: str) -> Collector:
     return make_collector(settings(**env))
 
 
-class Link:
-    """The part of a connection that take_frame uses."""
+class Link(DeviceConnection):
+    """A connection that is not open, so what it is asked goes nowhere."""
 
     def __init__(self) -> None:
+        super().__init__(ServerProtocol(), None)  # type: ignore[arg-type]
         self.name = "127.0.0.1"
-        self.devices: set[str] = set()
+        self.devices = set()
+        self.asked = {}
+
+
+def exchange(collector: Collector, link: Link, frame: Any, now: float) -> bool:
+    """Let the collector take a device's frame. Return whether it asks for the status."""
+    take_message(collector, link, json.dumps(frame), now)
+    return link.asked.get(GET_STATUS) == now
 
 
 def feed(collector: Collector, frame: Any, now: float, link: Any = None) -> bool:

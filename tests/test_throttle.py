@@ -100,7 +100,7 @@ async def test_each_channel_of_each_device_is_throttled_by_itself(make):
     assert len(taken(collector)) == 8
 
 
-@pytest.mark.parametrize("step_s", [-3600, 3600, -61, 90])
+@pytest.mark.parametrize("step_s", [-3600, 3600, -90, 90])
 async def test_a_clock_that_steps_never_silences_a_channel(make, step_s):
     collector = make()
     for minute in range(5):
@@ -110,6 +110,17 @@ async def test_a_clock_that_steps_never_silences_a_channel(make, step_s):
     for now in after:
         feed(collector, minute_frame(), now)
     assert [row.time for row in taken(collector)] == [now // 60 * 60 for now in after]
+
+
+@pytest.mark.parametrize("step_s", [-1, -19, -61])
+async def test_a_small_step_back_repeats_no_minute_and_loses_none(make, step_s):
+    collector = make()
+    for minute in range(5):
+        feed(collector, minute_frame(), NOON + 60 * minute)
+    for minute in range(5, 9):
+        feed(collector, minute_frame(), NOON + 60 * minute + step_s)
+    last = 480 if step_s > -60 else 420
+    assert times(collector) == list(range(0, last, 60))
 
 
 async def test_channels_that_are_not_wanted_make_no_rows(make):
