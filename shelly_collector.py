@@ -35,6 +35,7 @@ import signal
 import sqlite3
 import sys
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -81,11 +82,18 @@ GET_CONFIG_ID = b"3"
 # A minute frame names its minute. By the server's clock it may come so much earlier or
 # later, since the device's own clock may be off.
 MAX_CLOCK_ERROR = 20.0
-# Firmware before 1.5 rarely sends its voltage. Ask for a full status if we have none
-# newer than this.
-MAX_VOLTAGE_AGE = 300.0
-# The shortest time between two requests of one kind on a connection.
-ASK_AGAIN = 60.0
+# Firmware before 1.5 rarely sends its voltage, and some devices their counter. Ask for
+# a whole status if one is older than this.
+MAX_AGE = 300.0
+# The shortest time between two requests of one kind on a connection. The owner seldom
+# changes a name.
+ASK_AGAIN = {GET_STATUS: 60.0, GET_CONFIG: 3600.0}
+# Behind a filter nobody answers. After so many requests in a row without an answer, it
+# is ten minutes, less what two looks may come early.
+MAX_UNANSWERED = 3
+SELDOM = 590.0
+# Between two looks for devices that are to be asked.
+ASK_TICK = 1.0
 # A frame that a filter held back for longer is refused.
 MAX_HELD_BACK = 25 * 3600
 # Held-back frames that are further apart belong to different outages.
@@ -322,9 +330,12 @@ class Channel:
     energy_returned_wh: float | None = None
     # When a reading with any value last came.
     heard: float = 0.0
-    # When a reading last mentioned the voltage, null included.
+    # When a reading last mentioned the voltage, or the counter, null included.
     voltage_time: float = 0.0
-    # The start of the interval that the newest row stands for.
+    counter_time: float = 0.0
+    # The start of the interval that the newest reading counts for, and of the one that
+    # the newest row stands for.
+    heard_interval: float = 0.0
     last_interval: float = 0.0
     # It is in Collector.held_back.
     held_back: bool = False
@@ -351,9 +362,13 @@ class Collector:
     early_s: float
     # By channel_id: the device's and the channel's key, without anything between.
     channels: dict[str, Channel] = field(default_factory=dict)
+    # The same by device and key.
+    devices: dict[str, dict[str, Channel]] = field(default_factory=dict)
     # Frames that a filter held back must not overwrite newer values, so they have a
     # known status of their own.
     held_back: dict[str, Channel] = field(default_factory=dict)
+    # The connections of devices.
+    links: set["DeviceConnection"] = field(default_factory=set)
     # What this minute's warnings were about.
     complaints: set[str] = field(default_factory=set)
     # That minute (monotonic).
@@ -445,6 +460,7 @@ def merge(channel: Channel, component: Component, full: bool, now: float) -> boo
         drawn = drawn.total
     if drawn is not UNSET:
         channel.energy_total_wh = drawn
+        channel.counter_time = now
         has_value = has_value or drawn is not None
     returned = component.ret_aenergy
     if isinstance(returned, Energy):
@@ -492,7 +508,7 @@ def take_frame(
     # power.
     for channel in due:
         if is_newer(collector, interval, channel.last_interval, now):
-            incomplete = incomplete or needs_status(channel, now)
+            incomplete = incomplete or needs_status(channel)
             if should_write(collector, channel):
                 add_pending_row(collector, channel, interval)
         release_complete_rows(collector, channel, expired_by=0.0)
@@ -518,16 +534,14 @@ def is_running(collector: Collector, apower_w: float) -> bool:
     return floor_w is None or abs(apower_w) > floor_w
 
 
-def needs_status(channel: Channel, now: float) -> bool:
-    """Whether a row would lack a value, or have an old voltage."""
-    if (
+def needs_status(channel: Channel) -> bool:
+    """Whether a row would lack a value."""
+    return (
         channel.apower_w is None
         or channel.voltage_v is None
         or channel.current_a is None
         or channel.energy_total_wh is None
-    ):
-        return True
-    return not 0 <= now - channel.voltage_time <= MAX_VOLTAGE_AGE
+    )
 
 
 def update_channels(
@@ -557,6 +571,7 @@ def update_channels(
             channel.heard = now
             if interval != channel.last_interval or channel.pending:
                 remember(collector, channel)
+                note_interval(collector, channel, interval, now)
                 due.append(channel)
     return due, interval
 
@@ -590,6 +605,14 @@ def is_newer(collector: Collector, interval: float, newest: float, now: float) -
         return False
     came_early = interval < newest <= now + collector.clock_error_s
     return not came_early
+
+
+def note_interval(
+    collector: Collector, channel: Channel, interval: float, now: float
+) -> None:
+    """Note the interval for which a channel was heard last."""
+    if is_newer(collector, interval, channel.heard_interval, now):
+        channel.heard_interval = interval
 
 
 def find_channel(
@@ -627,12 +650,18 @@ def remember(collector: Collector, channel: Channel) -> None:
     channels = collector.channels
     if channel.held_back:
         channels = collector.held_back
+    else:
+        of_device = collector.devices.setdefault(channel.device_id, {})
+        of_device[channel.key] = channel
     channel_id = channel.device_id + channel.key
     channels.pop(channel_id, None)
     channels[channel_id] = channel
     if len(channels) > MAX_CHANNELS:
-        first = next(iter(channels))
-        del channels[first]
+        first = channels.pop(next(iter(channels)))
+        if not first.held_back:
+            del collector.devices[first.device_id][first.key]
+            if not collector.devices[first.device_id]:
+                del collector.devices[first.device_id]
 
 
 def add_pending_row(collector: Collector, channel: Channel, interval: float) -> None:
@@ -1054,6 +1083,12 @@ class DeviceConnection(ServerConnection):
     devices: set[str]
     # When each request was last sent.
     asked: dict[str, float]
+    # Requests for a status since the last answer.
+    unanswered = 0
+    # The part of an interval after which its device is asked if it has said nothing.
+    ask_after = 1.0
+    # The start of the interval in which that was last looked at.
+    looked_at = 0.0
     # take_message, once the device has been asked.
     take: Callable[[bytes, float], None] | None = None
 
@@ -1071,10 +1106,11 @@ async def handle_device(collector: Collector, link: DeviceConnection) -> None:
     assert link.request is not None and link.response is not None
     link.name = address_of(link)
     link.devices = set()
-    link.asked = {GET_STATUS: time.time()}
-    with contextlib.suppress(ConnectionClosed):
+    link.asked = {}
+    collector.links.add(link)
+    try:
         await link.send(ENABLE_NOTIFICATIONS)
-        await link.send(GET_STATUS)
+        ask(link, GET_STATUS, time.time())
         link.take = partial(take_message, collector, link)
         # Nobody reads these again, and a device stays for months.
         link.request.headers.clear()
@@ -1085,6 +1121,10 @@ async def handle_device(collector: Collector, link: DeviceConnection) -> None:
                 # This is no JSON, so it is passed over, with a warning.
                 message = "a binary frame"
             take_message(collector, link, message, time.time())
+    except ConnectionClosed:
+        pass
+    finally:
+        collector.links.discard(link)
 
 
 def take_message(
@@ -1100,9 +1140,11 @@ def take_message(
         log_text = "%s: frame passed over: %s: %.60r"
         complain(collector, link.name, log_text, link.name, reason, text)
         return
-    if request is not None and may_ask(link, request, now):
-        link.asked[request] = now
-        broadcast([link], request)
+    if request == GET_CONFIG:
+        # It has answered.
+        link.unanswered = 0
+    if request is not None and may_ask(link, request, now, ASK_AGAIN[request]):
+        ask(link, request, now)
 
 
 def keep_config(collector: Collector, src: str, config: dict[str, Raw]) -> None:
@@ -1130,12 +1172,71 @@ def add_device(link: "DeviceConnection", src: str) -> None:
     if not link.devices:
         log.info("%s connected from %s", src, link.name)
         link.name = src
+        link.ask_after = ask_after(src)
     link.devices.add(src)
 
 
-def may_ask(link: DeviceConnection, request: str, now: float) -> bool:
-    """Whether a request was not sent just now; a clock may have stepped back since."""
-    return not 0 <= now - link.asked.get(request, 0.0) < ASK_AGAIN
+def ask_after(src: str) -> float:
+    """The part of an interval after which a device is asked if it has said nothing.
+
+    It lies in the second half, and leaves time for the answer. The id decides, so that
+    many devices are not asked at once."""
+    return 0.5 + 0.45 * zlib.crc32(src.encode()) / 2**32
+
+
+def may_ask(link: DeviceConnection, request: str, now: float, pause_s: float) -> bool:
+    """Whether a request was not sent for so long; a clock may have stepped back
+    since."""
+    if request == GET_STATUS and link.unanswered >= MAX_UNANSWERED:
+        pause_s = SELDOM
+    return not 0 <= now - link.asked.get(request, 0.0) < pause_s
+
+
+def ask(link: DeviceConnection, request: str, now: float) -> None:
+    link.asked[request] = now
+    if request == GET_STATUS:
+        link.unanswered += 1
+    broadcast([link], request)
+
+
+async def ask_periodically(collector: Collector) -> None:
+    while True:
+        await asyncio.sleep(ASK_TICK)
+        now = time.time()
+        for link in collector.links:
+            if is_to_be_asked(collector, link, now):
+                ask(link, GET_STATUS, now)
+
+
+def is_to_be_asked(collector: Collector, link: DeviceConnection, now: float) -> bool:
+    """Whether a device has said nothing of a channel in this interval, or no voltage or
+    counter for long.
+
+    It is true once in an interval, or in a minute if that is longer."""
+    length = max(60.0, collector.interval_s)
+    begin = now // length * length
+    if begin == link.looked_at or now < begin + link.ask_after * length:
+        return False
+    link.looked_at = begin
+    # If it has been asked in this interval, it is asked no more.
+    if not may_ask(link, GET_STATUS, now, now - begin):
+        return False
+    return any(
+        is_stale(collector, channel, begin, now)
+        for src in link.devices
+        for channel in collector.devices.get(src, {}).values()
+    )
+
+
+def is_stale(collector: Collector, channel: Channel, begin: float, now: float) -> bool:
+    """Whether a device has said nothing of a channel since an interval began, or has
+    not told a value for long."""
+    if not begin <= channel.heard_interval <= now + collector.clock_error_s:
+        return True
+    oldest = now - MAX_AGE
+    old_voltage = not oldest <= channel.voltage_time <= now
+    old_counter = not oldest <= channel.counter_time <= now
+    return old_voltage or old_counter
 
 
 def address_of(connection: ServerConnection) -> str:
@@ -1372,6 +1473,7 @@ async def run(settings: Settings) -> int:
     tasks = [
         writer,
         asyncio.create_task(release_and_save_periodically(collector)),
+        asyncio.create_task(ask_periodically(collector)),
         asyncio.create_task(maintain_table(collector)),
         asyncio.create_task(stop.wait()),
     ]

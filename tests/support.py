@@ -44,6 +44,8 @@ from shelly_collector import (
     GET_STATUS,
     Collector,
     DeviceConnection,
+    ask,
+    is_to_be_asked,
     make_collector,
     release_complete_rows,
     take_frame,
@@ -581,6 +583,15 @@ def exchange(collector: Collector, link: Link, frame: Any, now: float) -> bool:
     """Let the collector take a device's frame. Return whether it asks for the status."""
     take_message(collector, link, json.dumps(frame), now)
     return link.asked.get(GET_STATUS) == now
+
+
+def look(collector: Collector, link: Link, now: float) -> bool:
+    """Look, as the collector does every second, whether a device is to be asked for its
+    status. Return whether it is asked."""
+    wanted = is_to_be_asked(collector, link, now)
+    if wanted:
+        ask(link, GET_STATUS, now)
+    return wanted
 
 
 def feed(collector: Collector, frame: Any, now: float, link: Any = None) -> bool:

@@ -3,6 +3,7 @@ their quirks live for a day, by a clock that the tests set."""
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -10,14 +11,18 @@ import pytest
 
 import simulated_device as sim
 from shelly_collector import (
+    ASK_TICK,
     GET_STATUS,
+    ask_after,
 )
 from support import (
     DEVICE,
+    METER,
     NOON,
     Link,
     exchange,
     feed,
+    look,
     minute_frame,
     notify,
     taken,
@@ -73,6 +78,10 @@ class Life:
         for frame in self.device.change():
             self.send(frame, now)
 
+    def look(self, now: float) -> None:
+        if look(self.collector, self.link, now):
+            self.answer(now)
+
     def connect(self) -> None:
         """Connect half a minute before NOON, and tell the whole status."""
         self.now = NOON - 31
@@ -97,6 +106,9 @@ class Life:
                 second += pause
             for edge in edges:
                 events.append((minute + edge, self.say_change, (minute + edge,)))
+            for tick in range(60):
+                moment = minute + tick * ASK_TICK + self.rnd.random() * 0.01
+                events.append((moment, self.look, (moment,)))
         for moment, happen, arguments in sorted(events, key=lambda event: event[0]):
             self.now = moment
             happen(*arguments)
@@ -219,3 +231,147 @@ async def test_a_device_that_is_off_at_its_early_frame_runs_in_the_minute_it_is_
     feed(collector, minute_frame(apower=0, aenergy=early), NOON + 50)
     feed(collector, notify({"switch:0": {"apower": 99.0}}), NOON + 55)
     assert [row.time - NOON for row in taken(collector)] == [0]
+
+
+# ---- A device that is asked
+
+
+async def test_a_day_of_a_silent_device_has_1440_rows(make):
+    life = Life(make(), sim.SmallDevice(DEVICE, sim.SilentMeter))
+    life.connect()
+    life.live(DAY)
+    rows = taken(life.collector)
+    assert minutes_of(rows) == list(range(-1, DAY))
+    # It is asked once in each minute, in its second half.
+    assert len(life.asked) == DAY
+    assert all(30 <= (moment - NOON) % 60 < 59 for moment in life.asked)
+    # Each row has the counter of its own minute.
+    counters = [row.energy_total_wh for row in rows]
+    assert counters[1:] == sorted(set(counters[1:]))
+
+
+@pytest.mark.parametrize("interval_s", [1, 10, 60, 300, 3600])
+async def test_a_silent_device_is_asked_once_in_an_interval_and_at_most_once_a_minute(
+    make, interval_s
+):
+    collector = make(THROTTLE_INTERVAL_SECONDS=str(interval_s))
+    life = Life(collector, sim.SmallDevice(DEVICE, sim.SilentMeter))
+    life.connect()
+    life.live(240)
+    length = max(60, interval_s)
+    assert len(life.asked) == 240 * 60 / length
+    assert {(moment - NOON) // length for moment in life.asked} == set(
+        range(int(240 * 60 / length))
+    )
+
+
+@pytest.mark.parametrize("offset_s", [-10, -0.3, 0.02, 10])
+async def test_a_device_that_sends_its_minute_frames_is_never_asked(make, offset_s):
+    # Where no row is written, it is the frames that count.
+    for min_power in ({}, {"MIN_POWER_W": "5000"}):
+        device = sim.Device(DEVICE, 4)
+        device.pauses = (1.0, 2.0)
+        life = Life(make(**min_power), device, lambda n: offset_s)
+        life.connect()
+        life.live(DAY)
+        assert life.asked == []
+
+
+async def test_a_meter_that_tells_its_counters_each_minute_is_never_asked(make):
+    for device in (sim.Pro3EM(METER), sim.ProEM50(METER)):
+        life = Life(make(), device)
+        life.connect()
+        life.live(60)
+        assert life.asked == []
+
+
+async def test_a_relay_without_a_meter_is_never_asked(make):
+    device = sim.SmallDevice(DEVICE, sim.SilentMeter)
+    device.parts = [sim.Relay(0, random.Random(1))]
+    life = Life(make(), device)
+    life.connect()
+    life.live(60)
+    assert life.asked == [] and not taken(life.collector)
+
+
+async def test_where_nobody_answers_it_is_asked_every_ten_minutes(make):
+    device = sim.SmallDevice(DEVICE, sim.SilentMeter)
+    life = Life(make(), device, answers=False)
+    life.connect()
+    life.live(DAY)
+    pauses = [b - a for a, b in zip(life.asked, life.asked[1:], strict=False)]
+    assert all(590 < pause < 610 for pause in pauses[3:])
+    assert DAY / 10 <= len(life.asked) <= DAY / 10 + 3
+    # Once somebody answers, each minute counts again.
+    life.answers = True
+    before = len(life.asked)
+    for second in range(12 * 60):
+        life.look(NOON + 60 * DAY + second)
+    assert len(life.asked) - before >= 2
+
+
+async def test_an_error_is_no_answer(make):
+    device = sim.SmallDevice(DEVICE, sim.SilentMeter)
+    life = Life(make(), device)
+    life.connect()
+    error = {"code": 401, "message": '{"auth_type": "digest", "nonce": 1}'}
+    device.answer = lambda request: {"id": 2, "src": DEVICE, "error": error}
+    life.live(60)
+    assert 5 < len(life.asked) < 12
+
+
+async def test_a_device_that_is_silent_on_a_new_connection_is_asked_there(make):
+    device = sim.SmallDevice(DEVICE, sim.SilentMeter)
+    life = Life(make(), device)
+    life.connect()
+    life.live(3)
+    life.link = Link()
+    life.send(device.full_status(), NOON + 179)
+    life.asked.clear()
+    for second in range(60):
+        life.look(NOON + 180 + second)
+    assert len(life.asked) == 1
+
+
+async def test_a_clock_that_steps_back_does_not_end_the_asking(make):
+    life = Life(make(), sim.SmallDevice(DEVICE, sim.SilentMeter))
+    life.connect()
+    life.live(3)
+    life.asked.clear()
+    for second in range(180):
+        life.look(NOON - 7200 + second)
+    assert len(life.asked) == 3
+
+
+def test_ten_thousand_silent_devices_are_asked_over_half_a_minute():
+    moments = Counter(
+        int(60 * ask_after(f"shellypmmini-{n:012x}")) for n in range(10_000)
+    )
+    assert set(moments) == set(range(30, 57))
+    assert max(moments.values()) < 2 * 10_000 / 27
+
+
+async def test_a_counter_that_is_not_told_is_asked_for_like_an_old_voltage(make):
+    life = Life(
+        make(),
+        sim.SmallDevice(DEVICE, sim.LateSwitch, pauses=(0.11, 0.12)),
+    )
+    life.connect()
+    life.live(60)
+    rows = taken(life.collector)
+    assert minutes_of(rows) == list(range(-1, 60))
+    # No counter is older than six minutes.
+    counters = [row.energy_total_wh for row in rows]
+    assert max(Counter(counters).values()) <= 7
+    assert 60 / 7 < len(life.asked) <= 60 / 5
+
+
+async def test_old_firmware_is_asked_for_its_voltage_every_few_minutes(make):
+    device = sim.SmallDevice(DEVICE, Steady, pauses=(1.0, 2.0))
+    device.parts[0].old_firmware = True
+    life = Life(make(), device)
+    life.connect()
+    life.live(60)
+    assert 60 / 7 < len(life.asked) <= 60 / 5
+    voltages = [row.voltage_v for row in taken(life.collector)]
+    assert max(Counter(voltages).values()) <= 7

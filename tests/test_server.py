@@ -2,6 +2,7 @@
 sockets."""
 
 import asyncio
+import contextlib
 import json
 import re
 import resource
@@ -19,7 +20,7 @@ from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
 
-from shelly_collector import DeviceConnection, handle_device
+from shelly_collector import DeviceConnection, ask_periodically, handle_device
 from support import (
     DEVICE,
     GET_STATUS,
@@ -132,22 +133,24 @@ async def test_old_firmware_is_asked_for_its_voltage_again(collectors, database)
     assert running.log.count("reports no voltage_v") == 1
 
 
-async def test_an_old_voltage_makes_the_collector_ask_at_most_once_a_minute(
-    make, monkeypatch
+async def test_an_old_voltage_is_asked_for_and_seldom_where_nobody_answers(
+    make, monkeypatch, replace
 ):
+    replace(ASK_TICK=0.01)
     collector, clock = make(), 1_795_435_200.0
     monkeypatch.setattr(time, "time", lambda: clock)
 
     async def handle(websocket):
         await handle_device(collector, websocket)
 
+    asking = asyncio.create_task(ask_periodically(collector))
     async with serve(
         handle, "127.0.0.1", 0, create_connection=DeviceConnection
     ) as server:
         url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws"
         async with device(url) as peer:
             asked = []
-            for minute in range(14):
+            for minute in range(19):
                 frame = (
                     minute_frame()
                     if minute == 0
@@ -157,17 +160,21 @@ async def test_an_old_voltage_makes_the_collector_ask_at_most_once_a_minute(
                 await wait_for(
                     lambda minute=minute: len(collector.outbox) == minute + 1
                 )
-                # A second reading of the same minute makes it ask no more.
-                for half in range(2):
-                    await peer.send(notify({"switch:0": {"current": half}}))
-                # Both are taken before the clock moves on.
+                (link,) = collector.links
+                clock += 58
+                # It is looked at once in each minute, in its second half.
+                await wait_for(
+                    lambda link=link, minute=clock - 58: link.looked_at == minute
+                )
                 await (await peer.websocket.ping())
-                if minute > 5:
-                    asked.append(await asyncio.wait_for(peer.websocket.recv(), 5))
-                clock += 60
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(peer.websocket.recv(), 0.1)
-    assert asked == [GET_STATUS] * 8
+                clock += 2
+                with contextlib.suppress(TimeoutError):
+                    request = await asyncio.wait_for(peer.websocket.recv(), 0.05)
+                    asked.append((minute, request))
+    asking.cancel()
+    # The request that follows the connection counts.
+    assert asked == [(minute, GET_STATUS) for minute in (5, 6, 16)]
+    assert not collector.links
 
 
 async def test_with_short_intervals_it_is_asked_no_more_than_once_a_minute(

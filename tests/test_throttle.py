@@ -21,6 +21,7 @@ from support import (
     expire,
     feed,
     known_channels,
+    look,
     minute_frame,
     notify,
     of_both_kinds,
@@ -230,24 +231,24 @@ async def test_known_status_outlives_a_reconnect(make):
 
 
 async def test_a_status_is_wanted_when_the_voltage_is_old(make):
-    collector = make()
+    collector, link = make(), Link()
     old = {"switch:0": {"aenergy": {"total": 7.0}}}
-    assert not feed(collector, minute_frame(), NOON)
-    assert [feed(collector, notify(old), NOON + 60 * n) for n in range(1, 8)] == [
-        False
-    ] * 5 + [True] * 2
-    # No row is due.
-    assert not feed(collector, notify(old), NOON + 7 * 60 + 1)
-    feed(collector, notify({"switch:0": {"voltage": 229.0}}), NOON + 7 * 60 + 2)
-    assert not feed(collector, notify(old), NOON + 8 * 60)
+    feed(collector, minute_frame(), NOON, link)
+    asked = []
+    for minute in range(1, 8):
+        assert not feed(collector, notify(old), NOON + 60 * minute, link)
+        asked.append(look(collector, link, NOON + 60 * minute + 58))
+    assert asked == [False] * 4 + [True] * 3
+    feed(collector, notify({"switch:0": {"voltage": 229.0}}), NOON + 8 * 60, link)
+    assert not look(collector, link, NOON + 8 * 60 + 58)
 
 
 async def test_a_status_is_wanted_when_the_clock_went_back_behind_the_voltage(make):
-    collector = make()
-    feed(collector, minute_frame(), NOON)
-    assert feed(
-        collector, notify({"switch:0": {"aenergy": {"total": 7.0}}}), NOON - 3600
-    )
+    collector, link = make(), Link()
+    old = {"switch:0": {"aenergy": {"total": 7.0}}}
+    feed(collector, minute_frame(), NOON, link)
+    feed(collector, notify(old), NOON - 3600, link)
+    assert look(collector, link, NOON - 3600 + 58)
 
 
 async def test_a_status_is_wanted_when_one_of_several_channels_lacks_a_value(make):
@@ -541,14 +542,18 @@ async def test_a_meter_that_tells_its_power_every_few_seconds_has_one_row_a_minu
 
 
 @of_both_kinds
-async def test_a_meter_whose_voltage_is_old_is_asked_for_its_status(make, meter):
-    collector = make()
-    feed(collector, meter.says(**POWER, **COUNTER), NOON)
-    asked = [
-        feed(collector, meter.says(act_power=1.0, total_act_energy=1.0), NOON + 60 * n)
-        for n in range(1, 8)
-    ]
-    assert asked == [False] * 5 + [True] * 2
+async def test_a_meter_whose_voltage_or_counter_is_old_is_asked_for_its_status(
+    make, meter
+):
+    for told in ({"total_act_energy": 1.0}, {"voltage": 229.0}):
+        collector, link = make(), Link()
+        feed(collector, meter.says(**POWER, **COUNTER), NOON, link)
+        asked = []
+        for minute in range(1, 8):
+            now = NOON + 60 * minute
+            feed(collector, meter.says(act_power=1.0, **told), now, link)
+            asked.append(look(collector, link, now + 58))
+        assert asked == [False] * 4 + [True] * 3
 
 
 @of_both_kinds
