@@ -337,6 +337,8 @@ class Channel:
     # the newest row stands for.
     heard_interval: float = 0.0
     last_interval: float = 0.0
+    # A whole status that came later does not have it: the device's profile has changed.
+    gone: bool = False
     # It is in Collector.held_back.
     held_back: bool = False
     # The newest row was above MIN_POWER_W.
@@ -573,6 +575,8 @@ def update_channels(
                 remember(collector, channel)
                 note_interval(collector, channel, interval, now)
                 due.append(channel)
+    if full:
+        note_gone(collector, frame.src, components)
     return due, interval
 
 
@@ -647,6 +651,7 @@ def forget_other_outage(collector: Collector, channel_id: str, now: float) -> No
 def remember(collector: Collector, channel: Channel) -> None:
     """Move a channel to the end. Beyond MAX_CHANNELS forget the first, for which no row
     has been due for longest, with the rows that it has pending."""
+    channel.gone = False
     channels = collector.channels
     if channel.held_back:
         channels = collector.held_back
@@ -662,6 +667,17 @@ def remember(collector: Collector, channel: Channel) -> None:
             del collector.devices[first.device_id][first.key]
             if not collector.devices[first.device_id]:
                 del collector.devices[first.device_id]
+
+
+def note_gone(collector: Collector, src: str, components: dict[str, Raw]) -> None:
+    """Note which of a device's channels its whole status does not have any more."""
+    present = set()
+    for key in components:
+        for decoder in collector.decoders.get(key, ()):
+            present.add(decoder.key)
+    for channel in collector.devices.get(src, {}).values():
+        if channel.key not in present:
+            channel.gone = True
 
 
 def add_pending_row(collector: Collector, channel: Channel, interval: float) -> None:
@@ -1231,6 +1247,8 @@ def is_to_be_asked(collector: Collector, link: DeviceConnection, now: float) -> 
 def is_stale(collector: Collector, channel: Channel, begin: float, now: float) -> bool:
     """Whether a device has said nothing of a channel since an interval began, or has
     not told a value for long."""
+    if channel.gone:
+        return False
     if not begin <= channel.heard_interval <= now + collector.clock_error_s:
         return True
     oldest = now - MAX_AGE
@@ -1358,7 +1376,11 @@ def database_state(collector: Collector) -> str:
 def count_silent(collector: Collector, seconds: int) -> int:
     """How many channels were heard within the last day, but not for so many seconds."""
     now = time.time()
-    ages = [now - channel.heard for channel in collector.channels.values()]
+    ages = [
+        now - channel.heard
+        for channel in collector.channels.values()
+        if not channel.gone
+    ]
     return len([age for age in ages if seconds < age < 86_400])
 
 

@@ -14,9 +14,12 @@ from shelly_collector import (
     ASK_TICK,
     GET_STATUS,
     ask_after,
+    count_silent,
 )
 from support import (
     DEVICE,
+    EM,
+    EMDATA,
     METER,
     NOON,
     Link,
@@ -375,3 +378,59 @@ async def test_old_firmware_is_asked_for_its_voltage_every_few_minutes(make):
     assert 60 / 7 < len(life.asked) <= 60 / 5
     voltages = [row.voltage_v for row in taken(life.collector)]
     assert max(Counter(voltages).values()) <= 7
+
+
+# ---- A change of profile
+
+
+async def test_a_channel_that_a_whole_status_lacks_is_no_longer_expected(make):
+    collector, link = make(), Link()
+    feed(collector, notify({"em:0": EM, "emdata:0": EMDATA}, METER), NOON, link)
+    clamp = {"act_power": 5.0, "voltage": 230.0, "current": 0.1}
+    changed = {"em1:0": clamp, "em1data:0": {"total_act_energy": 1.0}}
+    # It has rebooted, so this is another connection.
+    other = Link()
+    feed(collector, notify(changed, METER, "NotifyFullStatus"), NOON + 60, other)
+    silent = [name for name, channel in collector.channels.items() if not channel.gone]
+    assert silent == [f"{METER}em1:0"]
+    # The old profile comes back.
+    feed(collector, notify({"em:0": EM}, METER), NOON + 120, other)
+    assert not any(channel.gone for channel in collector.channels.values())
+
+
+async def test_silent_channels_of_an_old_profile_are_not_counted(make, monkeypatch):
+    collector, link = make(), Link()
+    feed(collector, notify({"em:0": EM, "emdata:0": EMDATA}, METER), NOON, link)
+    monkeypatch.setattr("time.time", lambda: NOON + 700)
+    assert count_silent(collector, 600) == 3
+    clamp = {"act_power": 5.0, "voltage": 230.0, "current": 0.1}
+    feed(collector, notify({"em1:0": clamp}, METER, "NotifyFullStatus"), NOON + 650)
+    assert count_silent(collector, 600) == 0
+
+
+async def test_a_meter_with_an_error_is_still_expected(make, monkeypatch):
+    collector, link = make(), Link()
+    feed(collector, minute_frame(), NOON, link)
+    broken = {"switch:0": {"apower": None, "errors": ["power_meter_failure"]}}
+    feed(collector, notify(broken, method="NotifyFullStatus"), NOON + 650, link)
+    monkeypatch.setattr("time.time", lambda: NOON + 700)
+    assert count_silent(collector, 600) == 1
+
+
+async def test_after_a_change_of_profile_only_the_new_channels_are_asked_for(make):
+    collector, link = make(), Link()
+    feed(collector, notify({"switch:0": {"apower": 1.0}, "switch:1": {"apower": 1.0}}), NOON, link)  # fmt: skip
+    cover = minute_frame()["params"]["switch:0"]
+    feed(collector, notify({"cover:0": cover}, method="NotifyFullStatus"), NOON + 60, link)  # fmt: skip
+    asked = [
+        second for second in range(60) if look(collector, link, NOON + 60 + second)
+    ]
+    assert asked == []
+
+
+async def test_the_index_of_devices_forgets_with_the_channels(make, replace):
+    replace(MAX_CHANNELS=30)
+    collector = make()
+    for n in range(300):
+        feed(collector, minute_frame(f"invented-{n}", n % 3), NOON + n / 100)
+    assert sum(len(known) for known in collector.devices.values()) == 30
