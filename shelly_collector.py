@@ -85,6 +85,9 @@ MAX_CLOCK_ERROR = 20.0
 # Firmware before 1.5 rarely sends its voltage, and some devices their counter. Ask for
 # a whole status if one is older than this.
 MAX_AGE = 300.0
+# What two whole statuses lack that are so far apart, the device does not have. The
+# first one after it has booted may lack what it soon has.
+BOOT_TIME = 60.0
 # The shortest time between two requests of one kind on a connection. The owner seldom
 # changes a name.
 ASK_AGAIN = {GET_STATUS: 60.0, GET_CONFIG: 3600.0}
@@ -195,6 +198,10 @@ COMPONENTS: dict[str, type[Component]] = {
     "pm1": Meter,
     "cover": Meter,
     "light": Meter,
+    "rgb": Meter,
+    "rgbw": Meter,
+    "cct": Meter,
+    "rgbcct": Meter,
     "em1": Clamp,
     "em1data": ClampData,
 }
@@ -333,6 +340,9 @@ class Channel:
     # When a reading last mentioned the voltage, or the counter, null included.
     voltage_time: float = 0.0
     counter_time: float = 0.0
+    # When its device last sent a whole status, and by column since when these lack it.
+    whole_time: float = 0.0
+    lacking: dict[str, float] = field(default_factory=dict)
     # The start of the interval that the newest reading counts for, and of the one that
     # the newest row stands for.
     heard_interval: float = 0.0
@@ -443,6 +453,7 @@ def merge(channel: Channel, component: Component, full: bool, now: float) -> boo
     value; an energy given back does not count."""
     if full:
         forget(channel, component)
+        note_lacking(channel, component, now)
     has_value = False
     apower = component.apower
     if apower is not UNSET:
@@ -482,6 +493,33 @@ def forget(channel: Channel, component: Component) -> None:
     if not isinstance(component, Clamp):
         channel.energy_total_wh = None
         channel.energy_returned_wh = None
+
+
+# The fields that a row waits for, and their columns.
+WAITED_FOR = {
+    "voltage": "voltage_v",
+    "current": "current_a",
+    "aenergy": "energy_total_wh",
+}
+
+
+def note_lacking(channel: Channel, component: Component, now: float) -> None:
+    """Note which fields a whole status does not have, such as the voltage of a bulb."""
+    channel.whole_time = now
+    for name, column in WAITED_FOR.items():
+        if name not in component.__struct_fields__:
+            # The other half of a clamp reports it.
+            continue
+        if getattr(component, name) is UNSET:
+            channel.lacking.setdefault(column, now)
+        else:
+            channel.lacking.pop(column, None)
+
+
+def may_come(channel: Channel, column: str) -> bool:
+    """Whether the device may have a value for a column."""
+    since = channel.lacking.get(column)
+    return since is None or channel.whole_time - since < BOOT_TIME
 
 
 # ---- Throttle: which readings become rows, and when a row is complete ----
@@ -537,12 +575,12 @@ def is_running(collector: Collector, apower_w: float) -> bool:
 
 
 def needs_status(channel: Channel) -> bool:
-    """Whether a row would lack a value."""
+    """Whether a row would lack a value that the device may have."""
     return (
         channel.apower_w is None
-        or channel.voltage_v is None
-        or channel.current_a is None
-        or channel.energy_total_wh is None
+        or (channel.voltage_v is None and may_come(channel, "voltage_v"))
+        or (channel.current_a is None and may_come(channel, "current_a"))
+        or (channel.energy_total_wh is None and may_come(channel, "energy_total_wh"))
     )
 
 
@@ -706,7 +744,8 @@ def release_complete_rows(
     waiting = []
     for pending in channel.pending:
         missing = fill_in(pending, channel)
-        if missing and pending.deadline > expired_by:
+        waits = any(may_come(channel, column) for column in missing)
+        if waits and pending.deadline > expired_by:
             waiting.append(pending)
             continue
         if missing and not channel.warned:
@@ -1254,7 +1293,9 @@ def is_stale(collector: Collector, channel: Channel, begin: float, now: float) -
     oldest = now - MAX_AGE
     old_voltage = not oldest <= channel.voltage_time <= now
     old_counter = not oldest <= channel.counter_time <= now
-    return old_voltage or old_counter
+    return (old_voltage and may_come(channel, "voltage_v")) or (
+        old_counter and may_come(channel, "energy_total_wh")
+    )
 
 
 def address_of(connection: ServerConnection) -> str:

@@ -23,7 +23,9 @@ from support import (
     METER,
     NOON,
     Link,
+    assert_nothing_waits,
     exchange,
+    expire,
     feed,
     look,
     minute_frame,
@@ -378,6 +380,85 @@ async def test_old_firmware_is_asked_for_its_voltage_every_few_minutes(make):
     assert 60 / 7 < len(life.asked) <= 60 / 5
     voltages = [row.voltage_v for row in taken(life.collector)]
     assert max(Counter(voltages).values()) <= 7
+
+
+# ---- What a device does not have
+
+
+@pytest.mark.parametrize("kind", ["rgb", "rgbw", "cct", "rgbcct"])
+async def test_a_lamp_makes_rows(make, kind):
+    collector = make()
+    component = minute_frame()["params"]["switch:0"]
+    feed(collector, notify({f"{kind}:0": component}), NOON)
+    assert [(row.channel, row.apower_w) for row in taken(collector)] == [
+        (f"{kind}:0", 433.8)
+    ]
+
+
+async def test_a_bulb_without_voltage_and_current_has_0_for_both_and_is_not_asked_for_ever(
+    make, caplog
+):
+    life = Life(make(), sim.SmallDevice(DEVICE, sim.Bulb))
+    life.connect()
+    life.live(2)
+    expire(life.collector)
+    asked = len(life.asked)
+    assert asked <= 2
+    rows = taken(life.collector)
+    life.live(60)
+    assert len(life.asked) == asked
+    # None has waited.
+    rows = taken(life.collector)
+    assert len(rows) >= 57
+    assert_nothing_waits(life.collector)
+    assert {(row.voltage_v, row.current_a) for row in rows} == {(0.0, 0.0)}
+    (warning,) = caplog.messages
+    assert "cct:0 reports no voltage_v, current_a: stored as 0" in warning
+
+
+def status(**fields: Any) -> dict[str, Any]:
+    component = {"id": 0, "apower": 5.0, "aenergy": {"total": 9.0}}
+    return notify({"cct:0": component | fields}, method="NotifyFullStatus")
+
+
+async def test_a_device_that_boots_may_lack_what_it_soon_has(make, caplog):
+    collector = make()
+    # Two whole statuses come right after it has connected.
+    feed(collector, status(), NOON)
+    feed(collector, status(), NOON + 0.1)
+    assert not taken(collector)
+    feed(collector, status(voltage=230.0, current=0.1), NOON + 50)
+    assert [row.voltage_v for row in taken(collector)] == [230.0]
+    assert not caplog.messages
+
+
+async def test_what_two_whole_statuses_lack_is_waited_for_again_once_it_has_come(make):
+    collector = make()
+    for minute in (0, 1):
+        feed(collector, status(), NOON + 60 * minute)
+    assert len(taken(collector)) == 2
+    feed(collector, status(voltage=230.0, current=0.1), NOON + 120)
+    feed(collector, status(), NOON + 180)
+    assert [row.voltage_v for row in taken(collector)] == [230.0]
+
+
+async def test_null_is_not_absent(make):
+    collector = make()
+    for minute in range(3):
+        feed(collector, status(voltage=None, current=0.1), NOON + 60 * minute)
+    assert not taken(collector)
+
+
+async def test_a_half_of_a_clamp_does_not_lack_what_the_other_reports(make):
+    collector = make()
+    whole = {"em:0": EM, "emdata:0": EMDATA}
+    for minute in range(3):
+        feed(collector, notify(whole, METER, "NotifyFullStatus"), NOON + 60 * minute)
+    taken(collector)
+    # The counter is null now, and its rows wait.
+    lost = EMDATA | {f"{phase}_total_act_energy": None for phase in "abc"}
+    feed(collector, notify(whole | {"emdata:0": lost}, METER), NOON + 180)
+    assert not taken(collector)
 
 
 # ---- A change of profile
