@@ -109,6 +109,8 @@ MAX_DEVICES = 1_000
 MAX_CHANNELS = 50_000
 # Warnings per minute, each about something different.
 MAX_COMPLAINTS = 500
+# Components that are named because their power is not read.
+MAX_UNREAD = 1_000
 # What may wait to be sent to a device.
 MAX_UNREAD_BYTES = 2**20
 # A device's configuration is kept until its names are in the table, so many at most.
@@ -211,6 +213,21 @@ PHASE_COMPONENTS: dict[str, type[Component]] = {
     "em": Clamp,
     "emdata": ClampData,
 }
+
+
+# The kinds of components that are read, and of those that are no meters for sure:
+# breakers, batteries and sensors.
+KNOWN_KINDS = {
+    *COMPONENTS,
+    *PHASE_COMPONENTS,
+    "cb",
+    "bm",
+    "voltmeter",
+    "bthomesensor",
+    "input",
+}
+# A power in the text of a component that is not read: "total_power":433.8
+POWER = re.compile(rb'power"\s*:\s*-?[0-9]')
 
 
 class Frame(msgspec.Struct, gc=False):
@@ -381,6 +398,8 @@ class Collector:
     held_back: dict[str, Channel] = field(default_factory=dict)
     # The connections of devices.
     links: set["DeviceConnection"] = field(default_factory=set)
+    # Components with a power that is not read, by device, which the log has named.
+    unread: set[str] = field(default_factory=set)
     # What this minute's warnings were about.
     complaints: set[str] = field(default_factory=set)
     # That minute (monotonic).
@@ -594,6 +613,7 @@ def update_channels(
     full = frame.method != "NotifyStatus"
     interval = now // collector.interval_s * collector.interval_s
     due = []
+    is_read = False
     for key, text in components.items():
         for decoder in collector.decoders.get(key, ()):
             try:
@@ -601,6 +621,7 @@ def update_channels(
             except ValueError as exc:
                 pass_over(collector, f"{frame.src} {key}", text, exc)
                 continue
+            is_read = True
             if component.aenergy is not UNSET:
                 interval = interval_of(collector, component.aenergy, now)
             channel = collector.channels.get(frame.src + decoder.key)
@@ -615,6 +636,8 @@ def update_channels(
                 due.append(channel)
     if full:
         note_gone(collector, frame.src, components)
+    if full or not is_read:
+        name_unread_meters(collector, frame.src, components)
     return due, interval
 
 
@@ -716,6 +739,21 @@ def note_gone(collector: Collector, src: str, components: dict[str, Raw]) -> Non
     for channel in collector.devices.get(src, {}).values():
         if channel.key not in present:
             channel.gone = True
+
+
+def name_unread_meters(
+    collector: Collector, src: str, components: dict[str, Raw]
+) -> None:
+    """Log, once, which components of a device have a power and are of no known kind."""
+    for key, text in components.items():
+        kind, colon, _ = key.partition(":")
+        if not colon or kind in KNOWN_KINDS or not POWER.search(text):
+            continue
+        about = f"{src} sends {key} with a power, which is not kept"
+        if about in collector.unread or len(collector.unread) >= MAX_UNREAD:
+            continue
+        if complain(collector, about, "%s", about):
+            collector.unread.add(about)
 
 
 def add_pending_row(collector: Collector, channel: Channel, interval: float) -> None:

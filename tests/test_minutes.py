@@ -13,6 +13,7 @@ import simulated_device as sim
 from shelly_collector import (
     ASK_TICK,
     GET_STATUS,
+    MAX_UNREAD,
     ask_after,
     count_silent,
 )
@@ -459,6 +460,54 @@ async def test_a_half_of_a_clamp_does_not_lack_what_the_other_reports(make):
     lost = EMDATA | {f"{phase}_total_act_energy": None for phase in "abc"}
     feed(collector, notify(whole | {"emdata:0": lost}, METER), NOON + 180)
     assert not taken(collector)
+
+
+# ---- Components that are not read
+
+
+async def test_a_power_in_an_unknown_component_is_named_once_per_device(make, caplog):
+    collector = make()
+    for name in ("charger-1", "charger-2"):
+        life = Life(collector, sim.SmallDevice(name, sim.Charger, 200))
+        life.connect()
+        life.live(10)
+    assert caplog.messages[1::2] != []
+    assert [m for m in caplog.messages if "sends" in m] == [
+        f"{name} sends object:200 with a power, which is not kept"
+        for name in ("charger-1", "charger-2")
+    ]
+    assert not taken(collector)
+
+
+@pytest.mark.parametrize(
+    ("key", "component"),
+    [
+        ("cb:0", {"id": 0, "output": True, "apower": 5.0}),
+        ("bm:0", {"id": 0, "voltage": 12.8, "current": 1.0, "power": 12.8}),
+        ("voltmeter:100", {"id": 100, "voltage": 4.2}),
+        ("bthomesensor:200", {"id": 200, "value": 21.5}),
+        ("devicepower:0", {"battery": {"V": 5.9, "percent": 84}}),
+        ("object:200", {"value": None}),
+        ("object:200", {"value": {"total_power": None}}),
+        ("input:0", {"id": 0, "state": False}),
+        # CHANNELS does not want it.
+        ("switch:1", {"id": 1, "apower": 5.0}),
+        ("em:1", {"id": 1, "a_act_power": 5.0}),
+    ],
+)
+async def test_of_breakers_sensors_and_gateways_there_is_no_word(
+    make, caplog, key, component
+):
+    feed(make(CHANNELS="0"), notify({key: component}), NOON)
+    assert not caplog.messages
+
+
+async def test_components_that_are_named_are_bounded(make, caplog, replace):
+    replace(MAX_UNREAD=10, MAX_COMPLAINTS=100)
+    collector = make()
+    for n in range(50):
+        feed(collector, notify({f"object:{n}": {"apower": 1.0}}), NOON)
+    assert len(caplog.messages) == 10 < MAX_UNREAD
 
 
 # ---- A change of profile
