@@ -65,7 +65,7 @@ const CLOSE_TRY_LATER = 1013;
 // The id of the collector's Shelly.GetConfig.
 const GET_CONFIG_ID = 3;
 
-const CHANNEL_KEY = /^(?:switch|pm1|cover|light|em1?(?:data)?):(\d{1,3})$/;
+const CHANNEL_KEY = /^(?:switch|pm1|cover|light|rgb|rgbw|cct|rgbcct|em1?(?:data)?):(\d{1,3})$/;
 const POWER_FIELD = /^(?:apower|(?:[abc]_)?act_power)$/;
 
 // ---- The door ---------------------------------------------------------------------------------
