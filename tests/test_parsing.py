@@ -136,6 +136,78 @@ async def test_frames_without_readings_are_normal(make):
     assert not taken(collector) and not known_channels(collector)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        # A device whose owner has set a password answers with a challenge.
+        {
+            "id": 2,
+            "src": DEVICE,
+            "dst": "collector",
+            "error": {
+                "code": 401,
+                "message": '{"auth_type": "digest", "nonce": 1795437480, "nc": 1, '
+                '"realm": "shellypro4pm-a1b2c3d4e5f6", "algorithm": "SHA-256"}',
+            },
+        },
+        # Firmware 2.0 under haste.
+        {
+            "id": 2,
+            "src": DEVICE,
+            "error": {"code": 429, "message": "Too many requests"},
+        },
+        # What a meter remembers is pushed, too.
+        {
+            "src": METER,
+            "method": "NotifyEvent",
+            "params": {
+                "ts": NOON,
+                "events": [
+                    {
+                        "component": "emdata:0",
+                        "id": 0,
+                        "event": "data",
+                        "ts": NOON,
+                        "data": {"ts": 1795435140, "period": 60, "values": [[1.0]]},
+                    }
+                ],
+            },
+        },
+    ],
+)
+async def test_a_challenge_an_error_and_a_pushed_record_change_nothing(
+    make, caplog, answer
+):
+    collector = make()
+    feed(collector, notify({"switch:0": WHOLE}), NOON)
+    feed(collector, answer, NOON + 60)
+    assert len(taken(collector)) == 1
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("device", "channels"),
+    [
+        # A power strip has four switches; an add-on's begin with 100.
+        ("shellypstripg4-a1b2c3d4e5f6", [f"switch:{n}" for n in range(4)]),
+        ("shelly1pmg3-a1b2c3d4e5f6", ["switch:0", "switch:100"]),
+    ],
+)
+async def test_each_switch_of_a_strip_or_an_add_on_makes_rows(make, device, channels):
+    collector = make()
+    whole = {channel: WHOLE for channel in channels}
+    feed(collector, notify(whole, device, "NotifyFullStatus"), NOON)
+    assert [row.channel for row in taken(collector)] == channels
+
+
+async def test_a_3em_400_is_a_three_phase_meter(make):
+    collector = make()
+    whole = {"em:0": EM, "emdata:0": EMDATA, "temperature:0": {"id": 0, "tC": 41.2}}
+    device = "shellypro3em400-a1b2c3d4e5f6"
+    feed(collector, notify(whole, device, "NotifyFullStatus"), NOON)
+    assert [tuple(row[2:]) for row in taken(collector)] == PHASES
+
+
 @pytest.mark.parametrize("kind", ["pm1", "cover", "light"])
 async def test_other_metered_components_make_rows(make, kind):
     collector = make()
