@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import psycopg
 from dotenv.parser import parse_stream
+from psycopg.pq import Conninfo
 
 # Each of these platforms sets its variable, and throws the disk away at a restart.
 FORGETFUL_PLATFORMS = (
@@ -149,6 +150,12 @@ def database_url(text: str) -> str:
     try:
         parts = psycopg.conninfo.conninfo_to_dict(text)
     except (psycopg.Error, UnicodeError):
+        unknown = unknown_parameters(text)
+        if unknown:
+            names = ", ".join(map(repr, unknown))
+            raise ValueError(
+                f"holds what libpq does not know; take it out of the URL: {names}"
+            ) from None
         raise unreadable from None
     if not re.fullmatch(r"[\d,]*", str(parts.get("port", ""))):
         raise unreadable
@@ -165,6 +172,23 @@ def splits_password(url: str) -> bool:
         rest = host
     before_query, _, _ = rest.partition("?")
     return "@" in before_query
+
+
+def unknown_parameters(url: str) -> list[str]:
+    """The names of a URL's parameters that libpq does not know, such as another
+    library's; none where the query may hold a part of a password."""
+    _, _, query = url.partition("?")
+    if not url.startswith("postgres") or "@" in query or "pass" in query:
+        return []
+    known = {option.keyword.decode() for option in Conninfo.get_defaults()}
+    # libpq takes ssl=true, but no other value of it.
+    known_parameters = ["", "ssl=true"]
+    names = []
+    for parameter in query.split("&"):
+        name, _, _ = parameter.partition("=")
+        if name not in known and parameter not in known_parameters:
+            names.append(name)
+    return names
 
 
 # How each setting is read; a reader raises ValueError, which says what is wrong.

@@ -98,6 +98,44 @@ def test_the_error_says_what_is_wrong_in_plain_words(name, value, line):
 
 
 @pytest.mark.parametrize(
+    ("query", "names"),
+    [
+        ("schema=public", "'schema'"),
+        ("sslmode=require&pgbouncer=true", "'pgbouncer'"),
+        (
+            "pool_timeout=0&connection_limit=1&ssl=true",
+            "'pool_timeout', 'connection_limit'",
+        ),
+        ("ssl=no-verify", "'ssl'"),
+        ("\x1b[2J=x", r"'\x1b[2J'"),
+    ],
+)
+def test_a_parameter_of_another_library_is_named(query, names):
+    with pytest.raises(ValueError) as caught:
+        settings(DATABASE_URL=f"postgresql://me:secret-pass@host/db?{query}")
+    assert (
+        str(caught.value)
+        == f"DATABASE_URL holds what libpq does not know; take it out of the URL: {names}"
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        # In each of these, a part of the password looks like a parameter.
+        "postgresql://me:1/2?hunter2=3@host/db",
+        "postgresql://me:1?hunter2=3@host/db?schema=public",
+        "postgresql://host/db?user=me&password=1&hunter2=3",
+        "host=host password=1?hunter2=3 dbname=db schema=public",
+    ],
+)
+def test_a_part_of_the_password_is_never_named_as_a_parameter(url):
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        settings(DATABASE_URL=url)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "postgres://user:p%40ss@host/db",
@@ -163,6 +201,7 @@ async def test_nonsense_stops_the_start_with_one_line_and_status_2(tmp_path):
     for name, value in (
         ("PORT", "http"),
         ("DATABASE_URL", "postgresql://u:secret-pass@[h/db"),
+        ("DATABASE_URL", "postgresql://u:secret-pass@h/db?schema=public"),
     ):
         for arguments in ((), ("--check",)):
             status, out, err = await run_script(
