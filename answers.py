@@ -92,7 +92,8 @@ CONDITIONS = {
     "step": STEP,
     "row_length": STEP,
     "min_power_w": "%s::float8 BETWEEN 0 AND 1e9",
-    "zone": "now() AT TIME ZONE %s::text IS NOT NULL",
+    # It must be a zone for SET TimeZone, too, which returns its name.
+    "zone": "now() AT TIME ZONE set_config('TimeZone', %s, true) IS NOT NULL",
     "device": TEXT,
     "channel": TEXT,
     "excel": "%s::text IN ('0', '1')",
@@ -100,6 +101,8 @@ CONDITIONS = {
 # In a time, PostgreSQL passes over other characters, even a quote.
 TIME_OR_NUMBER = re.compile(r"[-+:.,/ \w]*", re.ASCII)
 FREE_TEXTS = ("zone", "device", "channel")
+# +02:00 is west of Greenwich for PostgreSQL, +02 west or east, depending on the place.
+OFFSET = re.compile(r"[-+:.\d\s]*")
 # What every question takes.
 COMMON_PARAMETERS = ("zone", "device", "channel")
 
@@ -388,6 +391,7 @@ async def ask(
             if not await makes_sense(conn, name, text):
                 raise BadParameter(f"{name} makes no sense: {text[:80]!r}")
         values = values_in_force(settings) | given
+        values |= await times_with_offset(conn, given, values["zone"])
         query = SELECT.format(sql.SQL(question.call))
         if given.get("excel") == "1":
             query = await with_local_times(conn, query, values)
@@ -410,11 +414,30 @@ async def makes_sense(conn: Connection, name: str, text: str) -> bool:
     """Have PostgreSQL read a parameter. After a False the transaction is lost."""
     if name not in FREE_TEXTS and not TIME_OR_NUMBER.fullmatch(text):
         return False
+    if name == "zone" and OFFSET.fullmatch(text):
+        return False
     try:
         cursor = await conn.execute(f"SELECT {CONDITIONS[name]}", [text], prepare=False)
     except (psycopg.DataError, psycopg.NotSupportedError):
         return False
     return await cursor.fetchone() == (True,)
+
+
+async def times_with_offset(
+    conn: Connection, given: dict[str, str], zone: str
+) -> dict[str, str]:
+    """Return since and until with the offset that they have in the zone, unless they
+    say their own."""
+    times: dict[str, str] = {}
+    await conn.execute("SELECT set_config('TimeZone', %s, true)", [zone])
+    for name in ("since", "until"):
+        if name in given:
+            cursor = await conn.execute(
+                "SELECT %s::timestamptz::text", [given[name]], prepare=False
+            )
+            (times[name],) = await cursor.fetchone() or ("",)
+    await conn.execute("SET LOCAL TimeZone = 'UTC'")
+    return times
 
 
 def values_in_force(settings: Settings) -> dict[str, Any]:

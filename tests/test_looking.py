@@ -14,7 +14,9 @@ import time
 import urllib.parse
 import urllib.request
 from contextlib import AsyncExitStack, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import psycopg
 import pytest
@@ -377,7 +379,10 @@ async def test_csv_opens_in_a_spreadsheet_and_holds_no_formula(running):
     ("cycles", "since", "infinity"), ("cycles", "gap", "-1"), ("cycles", "gap", "a while"), ("cycles", "min_duration", "1e99"),
     ("cycles", "min_power_w", "NaN"), ("cycles", "min_power_w", "10 W"), ("coverage", "row_length", "0"),
     ("power", "step", "0"), ("power", "step", "-60"), ("power", "step", "1 month"), ("power", "step", "60)"),
-    ("energy", "zone", "Mars/Olympus"), ("energy", "zone", "Europe/Paris'"), ("power", "gap", "60"), ("channels", "since", "now"),
+    ("energy", "zone", "Mars/Olympus"), ("energy", "zone", "Europe/Paris'"), ("energy", "zone", "Etc/Unknown"),
+    # PostgreSQL reads each of these in one place alone, or in two ways.
+    ("energy", "zone", "CEST"), ("energy", "zone", "+02"), ("energy", "zone", "-7.5"), ("energy", "zone", "+02:00"),
+    ("power", "gap", "60"), ("channels", "since", "now"),
     ("power", "limit", "1"), ("power", "excel", "1"), ("power", "Since", "now"), ("power", "since", "2026-11-20\0"),
 ])  # fmt: skip
 async def test_a_parameter_that_makes_no_sense_is_named(
@@ -392,6 +397,70 @@ async def test_a_parameter_that_makes_no_sense_is_named(
     assert re.match(
         rf"{parameter} (makes no sense|is no parameter of {name}.json)", body.decode()
     ), body
+
+
+HALF_HOURS = """INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)
+    SELECT t, 'b', 'switch:0', 1, 230, 1, 1 FROM generate_series(({})::timestamptz, {}, '30 minutes') t"""
+
+
+async def test_a_time_without_an_offset_is_one_of_the_zone(collectors, database):
+    running = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look").ready()
+    execute(database, HALF_HOURS.format("'2026-03-28Z'", "'2026-11-03Z'"))
+    for since, zone, first_row in (
+        ("2026-11-01", "Europe/Paris", "2026-10-31T23:00"),
+        ("2026-07-01", "Europe/Paris", "2026-06-30T22:00"),
+        ("2026-07-01 10:00", "America/New_York", "2026-07-01T14:00"),
+        ("2026-11-01T00:00", "Asia/Kolkata", "2026-10-31T18:30"),
+        ("2026-11-01", "UTC", "2026-11-01T00:00"),
+        # This hour is skipped in spring.
+        ("2026-03-29 02:30", "Europe/Paris", "2026-03-29T01:30"),
+        ("2026-11-01T00:00Z", "Europe/Paris", "2026-11-01T00:00"),
+        ("2026-11-01 00:00+05:30", "Europe/Paris", "2026-10-31T18:30"),
+        ("2026-11-01 00:00 America/New_York", "Europe/Paris", "2026-11-01T04:00"),
+        ("0001-01-01", "Europe/Paris", "2026-03-28T00:00"),
+    ):
+        asked = {"since": since, "zone": zone}
+        (found,) = json.loads(fetch(running, "/data/coverage.json", **asked)[2])
+        assert found["first_row"] == f"{first_row}:00+00:00", (since, zone)
+        asked = {"until": since, "zone": zone, "since": "2026-01-01", "step": "1800"}
+        buckets = json.loads(fetch(running, "/data/power.json", **asked)[2])
+        assert all(row["bucket"] < first_row for row in buckets), (since, zone)
+        if not since.startswith("0001"):
+            last = datetime.fromisoformat(buckets[-1]["bucket"])
+            assert f"{last + timedelta(minutes=30):%Y-%m-%dT%H:%M}" == first_row
+    (found,) = json.loads(fetch(running, "/data/coverage.json", since="2026-11-01")[2])
+    assert found["first_row"] == "2026-11-01T00:00:00+00:00"
+
+
+async def test_a_month_of_the_zone_has_all_of_its_hours(collectors, database):
+    running = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look").ready()
+    execute(database, HALF_HOURS.format("'2026-09-28Z'", "'2026-11-03Z'"))
+    asked = {"since": "2026-10-01", "until": "2026-11-01", "zone": "Europe/Paris"}
+    days = json.loads(fetch(running, "/data/energy.json", **asked)[2])
+    # The 25th has 25 hours.
+    rows = {day["day"]: day["rows"] for day in days}
+    assert rows == {f"2026-10-{n:02}": 50 if n == 25 else 48 for n in range(1, 32)}
+    lines = fetch(running, "/data/energy.csv", excel="1", **asked)[2].splitlines()
+    assert len(lines) == 32 and b";2026-10-01;" in lines[1] + lines[-1]
+
+
+@pytest.mark.parametrize("zone", ["Pacific/Kiritimati", "America/Los_Angeles"])
+async def test_today_and_yesterday_are_days_of_the_zone(collectors, database, zone):
+    running = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look").ready()
+    execute(database, HALF_HOURS.format("now()::date - 3", "now()"))
+
+    def first_row(since):
+        asked = {"since": since, "until": "now", "zone": zone}
+        (found,) = json.loads(fetch(running, "/data/coverage.json", **asked)[2])
+        return found["first_row"]
+
+    def midnight(days):
+        day = datetime.now(ZoneInfo(zone)).date() - timedelta(days=days)
+        local = datetime.combine(day, datetime.min.time(), ZoneInfo(zone))
+        return local.astimezone(UTC).isoformat()
+
+    await wait_for(lambda: first_row("today") == midnight(0))
+    await wait_for(lambda: first_row("yesterday") == midnight(1))
 
 
 async def test_the_settings_in_force_are_the_defaults_of_a_question(
