@@ -38,7 +38,7 @@ import {
 } from "./state.js";
 import { drawStrips } from "./strips.js";
 import { drawCoverage, drawRuns, makeTables } from "./tables.js";
-import { ZONE, iso, midnight, now } from "./time.js";
+import { iso, midnight, now, zone } from "./time.js";
 import { useLanguage, word } from "./words.js";
 
 const SECTIONS = ["power", "energy", "runs", "coverage"];
@@ -200,8 +200,8 @@ function drawLinks() {
   const until = iso(frame.until);
   const runs = { since, until, min_power_w: state.floor };
   byId("runscsv").href = address("cycles.csv", runs);
-  byId("runsexcel").href = address("cycles.csv", { ...runs, excel: 1, zone: ZONE });
-  const wholeDays = { since: iso(midnight(frame.since)), until, zone: ZONE };
+  byId("runsexcel").href = address("cycles.csv", { ...runs, excel: 1, zone });
+  const wholeDays = { since: iso(midnight(frame.since)), until, zone };
   byId("energycsv").href = address("energy.csv", wholeDays);
 }
 

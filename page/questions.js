@@ -11,7 +11,7 @@ import { LEFT, RIGHT, ROUND_MINUTES } from "./axes.js";
 import { byId } from "./dom.js";
 import { settings, TOKEN } from "./settings.js";
 import { frame, moveFrame, state } from "./state.js";
-import { DAY, MINUTE, ZONE, dayKey, followServer, iso, midnight, now } from "./time.js";
+import { DAY, MINUTE, dayKey, followServer, iso, midnight, now, useOffset, zone } from "./time.js";
 
 // By name: channels, power, fine (power, while zoomed), cycles, energy, coverage; cyclesNow and
 // energyNow, where the period does not hold today. An answer is its question, and
@@ -117,7 +117,7 @@ function runsQuestion(name, since, end, key) {
 }
 
 function energyQuestion(name, since, end) {
-  const params = { zone: ZONE };
+  const params = { zone };
   return makeQuestion(name, since, end, dayKey(now()), { path: "energy", params });
 }
 
@@ -198,14 +198,20 @@ const FIRST_PAUSE_MS = 1_500;
 // Returns the answer, or throws an Error with the status that the collector gave.
 async function ask(question, signal) {
   const askedAt = performance.now();
-  const url = address(`${question.path}.json`, question.params);
+  const { params } = question;
   let pause = FIRST_PAUSE_MS;
   for (let tries = 1; ; tries++) {
+    const url = address(`${question.path}.json`, params);
     const response = await fetch(url, { signal, cache: "no-store" });
     const text = await response.text();
     if (response.ok) {
       followServer(Date.parse(response.headers.get("Date")));
       return makeAnswer(question, text, askedAt);
+    }
+    if (text.startsWith("zone makes no sense") && !params.zone.startsWith("UTC")) {
+      useOffset();
+      params.zone = zone;
+      continue;
     }
     if (response.status !== BUSY || tries === MOST_TRIES) {
       const error = new Error(text.slice(0, 300));

@@ -1,12 +1,24 @@
 // Moments and days. A moment is a number of milliseconds, as Date.now() gives it; days are those of
 // the reader's clock.
 //
-// Exports MINUTE, DAY, ZONE, `now`, `followServer`, and what calendars need: `midnight`, `dayKey`,
-// `wallClock`, `iso`.
+// Exports MINUTE, DAY, `zone`, `useOffset`, `now`, `followServer`, and what calendars need:
+// `midnight`, `dayKey`, `wallClock`, `iso`.
 
 export const MINUTE = 60_000;
 export const DAY = 86_400_000;
-export const ZONE = Intl.DateTimeFormat().resolvedOptions().timeZone;
+
+// The reader's zone. A browser that does not know it shows UTC.
+export let zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+if (zone === "Etc/Unknown") zone = "UTC";
+
+// For a database that does not know the zone: UTC-5:30 has the hours of India, since such a name
+// counts westwards.
+export function useOffset() {
+  const west = new Date().getTimezoneOffset();
+  const sign = west < 0 ? "-" : "+";
+  const minutes = Math.abs(west);
+  zone = `UTC${sign}${Math.floor(minutes / 60)}:${minutes % 60}`;
+}
 
 // The server's clock decides what "now" is, unless the reader's is as good as the same.
 const SAME_CLOCK = 20_000;

@@ -214,7 +214,11 @@ async def reload(page):
 
 def chosen(page):
     """What the URL says."""
-    return {key: value for key, (value,) in parse_qs(urlsplit(page.url).query).items()}
+    return chosen_in(page.url)
+
+
+def chosen_in(url):
+    return {key: value for key, (value,) in parse_qs(urlsplit(url).query).items()}
 
 
 def zoomed(page):
@@ -330,6 +334,43 @@ async def test_the_link_of_the_log_shows_the_numbers_of_the_functions(
         == [f"{int(share * 1000) / 10:g} % of minutes", "100 % of minutes"]
         and share < 1
     )
+
+
+@pytest.mark.parametrize(
+    ("system", "zone", "asked"),
+    [
+        ("Etc/Unknown", "Etc/Unknown", "UTC"),
+        ("GMT+2", "+02:00", "UTC-2:0"),
+        ("GMT-3:30", "-03:30", "UTC+3:30"),
+    ],
+)
+async def test_in_a_zone_that_the_database_does_not_know_there_is_energy(
+    start, database, look, system, zone, asked
+):
+    running = await start()
+    begin, end = "'2026-10-23 00:00+00'::timestamptz", "'2026-10-27 00:00+00'"
+    put_rows(database, PUMP, "CASE WHEN m % 200 < 37 THEN 812.3 ELSE 0 END", begin, end)
+    period = "&from=2026-10-24T00:00&to=2026-10-26T00:00"
+    page = await look(running, period, timezone_id=system)
+    own = "Intl.DateTimeFormat().resolvedOptions().timeZone"
+    assert await page.evaluate(own) == zone
+    since, until = await page.evaluate(
+        "['2026-10-24', '2026-10-26'].map(day => new Date(`${day}T00:00`).toJSON())"
+    )
+    days = query(database, "SELECT sum(energy_wh) FROM energy_by_day(%s, %s, %s) GROUP BY day ORDER BY day", since, until, asked)  # fmt: skip
+    assert len(days) == 2
+    await expect(page.locator("#energyrange")).to_contain_text(
+        f"total {kwh(sum(total for (total,) in days))} kWh"
+    )
+    for link in ("#runsexcel", "#energycsv"):
+        href = await page.locator(link).evaluate("a => a.href")
+        assert chosen_in(href)["zone"] == asked and (await page.request.get(href)).ok
+    # Where the database had to be asked, the browser's console says so, but not again.
+    refused = len(look.seen)
+    assert (refused > 0) == (asked != "UTC"), look.seen
+    await in_module(page, "questions", "refresh(true)")
+    assert len(look.seen) == refused
+    look.seen.clear()
 
 
 async def test_it_says_what_runs_now_since_when_and_what_today_used(
