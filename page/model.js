@@ -94,10 +94,7 @@ export function directory() {
   const signature = [answer.version, language, state.device].join();
   if (known.signature === signature) return known;
 
-  const deviceNames = new Map();
-  for (const row of answer.rows) {
-    deviceNames.set(row.device_id, row.device_name || row.device_id);
-  }
+  const deviceNames = namesOfDevices(answer.rows);
   const all = channelRows().map((row) => makeChannel(row, deviceNames));
   all.sort(compareChannels);
   const devices = [...deviceNames].map(([id, name]) => ({ id, name }));
@@ -108,6 +105,17 @@ export function directory() {
 
 export function channels() {
   return directory().all;
+}
+
+// By id. Two houses may have one name: then it is followed by the id.
+function namesOfDevices(rows) {
+  const names = new Map();
+  for (const row of rows) names.set(row.device_id, row.device_name || row.device_id);
+  const given = [...names.values()];
+  for (const [id, name] of names) {
+    if (given.indexOf(name) !== given.lastIndexOf(name)) names.set(id, `${name} (${id})`);
+  }
+  return names;
 }
 
 function makeChannel(row, deviceNames) {

@@ -547,6 +547,13 @@ async def wait_for_rows(
     return rows
 
 
+def sql_of_docs(page: str, heading: str) -> str:
+    """The first SQL below a heading of a page of the docs, as an owner copies it."""
+    _, _, section = (ROOT / "docs" / page).read_text().partition(f"# {heading}\n")
+    _, _, block = section.partition("```sql\n")
+    return block.partition("```")[0]
+
+
 # The table of the first system, which this collector has taken over.
 ORIGINAL_TABLE = """
 CREATE TABLE power_logs (id SERIAL PRIMARY KEY, timestamp TIMESTAMPTZ NOT NULL, device_id VARCHAR(100) NOT NULL,

@@ -4,13 +4,14 @@ import itertools
 import os
 import random
 import re
+from collections import Counter
 from datetime import UTC, date, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import psycopg
 import pytest
 
-from support import NUMBERS, ROOT, execute
+from support import NUMBERS, ROOT, execute, query, sql_of_docs
 
 NOON = datetime(2026, 11, 3, 12, tzinfo=UTC)
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
@@ -694,6 +695,36 @@ def test_random_tables_are_answered_as_plain_python_does(table, seed, length):
             assert missing[device] == expected_coverage(
                 rows, since, until, off, length
             ), case
+
+
+GRAFANA_MACROS = {
+    "$__timeFrom()": "'2026-11-20T00:00:00Z'",
+    "$__timeTo()": "'2026-11-21T00:00:00Z'",
+    "$__interval": "1m",
+}
+
+
+def test_in_grafana_each_channel_is_a_line_of_its_own(database):
+    asked = sql_of_docs("questions.md", "Grafana")
+    for macro, value in GRAFANA_MACROS.items():
+        assert macro in asked
+        asked = asked.replace(macro, value)
+    channels = "VALUES ('one', 'switch:0'), ('one', 'switch:1'), ('two', 'switch:0'), ('two', 'switch:1')"
+    execute(
+        database,
+        (ROOT / "schema.sql").read_bytes(),
+        f"INSERT INTO power_logs ({COLUMNS}) SELECT timestamptz '2026-11-20Z' + m * interval '1 minute',"
+        f" d, c, 100, 230, 1, m FROM generate_series(0, 9) m, ({channels}) x (d, c)",
+        "INSERT INTO channel_names (device_id, channel, name)"
+        " VALUES ('one', 'switch:1', 'Pump'), ('two', 'switch:1', 'Pump')",
+    )
+    lines = Counter(metric for _, metric, _ in query(database, asked))
+    assert lines == {
+        "one switch:0": 10,
+        "two switch:0": 10,
+        "Pump one switch:1": 10,
+        "Pump two switch:1": 10,
+    }
 
 
 @pytest.mark.parametrize("question", QUESTIONS)

@@ -696,6 +696,25 @@ async def test_names_of_others_are_only_ever_text(start, database, look):
     )  # its own script
 
 
+async def test_two_houses_of_one_name_are_told_apart(start, database, look):
+    running = await start()
+    for device_id in ("shelly-1", "shelly-2", "shelly-3"):
+        put_rows(database, PUMP, "500", device=device_id)
+    names = (
+        "('shelly-1', '', 'Farm'), ('shelly-2', '', 'Farm'), ('shelly-3', '', 'Mill')"
+    )
+    execute(
+        database,
+        f"INSERT INTO channel_names (device_id, channel, name) VALUES {names}",
+    )
+    page = await look(running)
+    options = ["all devices", "Farm (shelly-1)", "Farm (shelly-2)", "Mill"]
+    assert await texts(page, "#device option") == options
+    assert await texts(page, ".name") == [
+        f"{device} · switch:0" for device in options[1:]
+    ]
+
+
 async def test_before_the_first_row_it_says_what_to_paste_and_then_shows_the_row(
     start, database, look
 ):
