@@ -1,6 +1,7 @@
 """schema.sql and the INSERT, against a real PostgreSQL."""
 
 import asyncio
+import re
 
 import psycopg
 import pytest
@@ -31,6 +32,7 @@ from support import (
     query,
     read_rows,
     run_script,
+    sql_of_docs,
     stop_writer,
     wait_for,
     wait_for_rows,
@@ -1220,3 +1222,59 @@ async def test_a_view_of_the_owner_on_energy_by_day_stops_no_update_and_goes_on_
     assert query(database, days.replace("'old'", "'later'")) == [("later", 100.0, 101)]
     await running.stop()
     execute(database, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+OTHER_ID = "shelly1pmg2-a1b2c3d4e5f6"
+
+
+def join_ids(old_id, new_id):
+    """What the docs say to run, with these ids."""
+    statement = sql_of_docs("table.md", "A device that has a new id")
+    for name, value in (("old_id", old_id), ("new_id", new_id)):
+        statement, count = re.subn(
+            f"{name} TEXT := '.*'", f"{name} TEXT := '{value}'", statement
+        )
+        assert count == 1
+    return statement
+
+
+async def test_two_ids_of_one_device_become_one_history(writer, database):
+    await prepare(database)
+    # The minutes 2 and 3 are there under both ids.
+    await writer([row(n, DEVICE, 1.0) for n in range(4)])
+    await writer([row(n, OTHER_ID, 2.0) for n in range(2, 6)])
+    await writer([row(n, "bystander", 3.0) for n in range(6)])
+    execute(
+        database,
+        f"""INSERT INTO channel_names (device_id, channel, device_says, name) VALUES
+        ('{DEVICE}', '', 'Old house', 'House'),
+        ('{DEVICE}', 'switch:0', 'old 0', 'Pump'), ('{OTHER_ID}', 'switch:0', 'new 0', NULL),
+        ('{DEVICE}', 'switch:1', 'old 1', 'Heater'), ('{OTHER_ID}', 'switch:1', NULL, 'Boiler'),
+        ('bystander', 'switch:0', NULL, 'Mill')""",
+    )
+    for _ in range(2):
+        execute(database, join_ids(DEVICE, OTHER_ID))
+        rows = read_rows(database, "device_id, apower_w")
+        assert rows == [("bystander", 3.0)] * 6 + [
+            (OTHER_ID, power) for power in (1.0, 1.0, 2.0, 2.0, 2.0, 2.0)
+        ]
+        names = "SELECT device_id, channel, device_says, name FROM channel_names"
+        assert query(database, f"{names} ORDER BY 1, 2") == [
+            ("bystander", "switch:0", None, "Mill"),
+            (OTHER_ID, "", "Old house", "House"),
+            (OTHER_ID, "switch:0", "new 0", "Pump"),
+            (OTHER_ID, "switch:1", "old 1", "Boiler"),
+        ]
+    # The energy of the minute between the two ids counts, too.
+    execute(
+        database,
+        "UPDATE power_logs SET energy_total_wh = date_part('epoch', timestamp) / 60",
+    )
+    energy = f"SELECT sum(energy_wh) FROM energy_by_day('2026-11-01', '2026-12-01') WHERE device_id = '{OTHER_ID}'"
+    assert query(database, energy) == [(5.0,)]
+
+
+async def test_two_ids_become_one_in_an_old_table_with_doubles(database):
+    execute(database, ORIGINAL_TABLE, *[OLD_ROW] * 2, OLD_ROW.replace("'old'", "'new'"))
+    execute(database, (ROOT / "schema.sql").read_bytes(), join_ids("old", "new"))
+    assert read_rows(database, "device_id") == [("new",)]
