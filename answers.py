@@ -33,7 +33,7 @@ from psycopg.types.datetime import IntervalLoader
 from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 from websockets import Headers, Request, Response
 
-from database import DATABASE_ERRORS, one_line, within
+from database import BEGIN_READING, DATABASE_ERRORS, one_line, within
 from settings import Settings, links
 
 # Covers waiting for a connection, the query and the writing. It must be below the 10 s
@@ -60,15 +60,10 @@ CONTENT_TYPES = {
     ".txt": "text/plain; charset=utf-8",
 }
 
-# What no setting of the server, the database or the role may change. One client's
-# question gets one core.
-BEGIN_READING = """
-    SET TRANSACTION READ ONLY;
+# One client's question gets one core.
+BEGIN_QUESTION = f"""
+    {BEGIN_READING}
     SET LOCAL statement_timeout = '5s';
-    SET LOCAL TimeZone = 'UTC';
-    SET LOCAL DateStyle = 'ISO, YMD';
-    SET LOCAL IntervalStyle = 'postgres';
-    SET LOCAL extra_float_digits = 1;
     SET LOCAL work_mem = '32MB';
     SET LOCAL jit = off;
     SET LOCAL max_parallel_workers_per_gather = 0
@@ -386,7 +381,7 @@ async def ask(
 ) -> bytearray:
     """Return a question's answer; raises BadParameter, DATABASE_ERRORS."""
     async with pool.connection() as conn, conn.transaction():
-        await conn.execute(BEGIN_READING)
+        await conn.execute(BEGIN_QUESTION)
         for name, text in given.items():
             if not await makes_sense(conn, name, text):
                 raise BadParameter(f"{name} makes no sense: {text[:80]!r}")

@@ -10,7 +10,7 @@ import psycopg
 
 import database
 import local_postgres
-from database import DATABASE_ERRORS, one_line, utc, within
+from database import BEGIN_READING, DATABASE_ERRORS, one_line, utc, within
 from outbox import Outbox
 from settings import Settings, links, page_token
 
@@ -105,7 +105,10 @@ async def print_rows_of_stopped_server(settings: Settings, folder: Path) -> None
 
 
 async def print_rows(conn: psycopg.AsyncConnection[Any]) -> None:
-    async with conn:
+    async with conn, conn.transaction():
+        await conn.execute(BEGIN_READING)
+        # To count the rows of a long table takes time.
+        await conn.execute("SET LOCAL statement_timeout = 0")
         print(f"The database answers: PostgreSQL {conn.info.server_version // 10000}")
         table = await database.read_table(conn)
         if not table.exists:

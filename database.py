@@ -33,7 +33,23 @@ SCHEMA = Path(__file__).with_name("schema.sql")
 # The number at the end of schema.sql.
 SCHEMA_VERSION = 4
 
-READ_TABLE = r"""
+# The server, the database or the role may have other settings than those that our SQL
+# relies on. Startup options would do, but PgBouncer refuses them. Without an existing
+# schema in the search_path there would be no place for the table.
+CONFIGURE = """
+    SET array_nulls = on;
+    SELECT set_config('search_path', 'public', false) WHERE current_schema() IS NULL
+"""
+# The same at the start of a transaction that reads values as text.
+BEGIN_READING = """
+    SET TRANSACTION ISOLATION LEVEL READ COMMITTED READ ONLY;
+    SET LOCAL TimeZone = 'UTC';
+    SET LOCAL DateStyle = 'ISO, YMD';
+    SET LOCAL IntervalStyle = 'postgres';
+    SET LOCAL extra_float_digits = 1;
+"""
+
+READ_TABLE = """
 WITH power_logs AS (
     SELECT to_regclass('power_logs') AS oid
 ), tables AS (
@@ -61,7 +77,7 @@ WITH power_logs AS (
 SELECT
     (SELECT oid FROM power_logs) IS NOT NULL,
     coalesce((
-        SELECT substring(prosrc FROM '\d+')::int FROM pg_proc
+        SELECT substring(prosrc FROM '[0-9]+')::int FROM pg_proc
         WHERE oid = to_regprocedure('power_logs_version()')
     ), 0),
     EXISTS (
@@ -122,7 +138,13 @@ async def within(timeout_s: float, work: Awaitable[Result]) -> Result:
 async def connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
     conn = await psycopg.AsyncConnection.connect(conninfo, **CONNECTION)
     conn.add_notice_handler(log_warning)
+    await configure(conn)
     return conn
+
+
+async def configure(conn: psycopg.AsyncConnection[Any]) -> None:
+    """Prepare a new connection, also one of a pool."""
+    await conn.execute(CONFIGURE)
 
 
 def log_warning(notice: psycopg.errors.Diagnostic) -> None:
@@ -137,6 +159,7 @@ def make_query_pool(conninfo: str) -> AsyncConnectionPool:
         conninfo,
         kwargs=CONNECTION,
         open=False,
+        configure=configure,
         check=AsyncConnectionPool.check_connection,
         min_size=0,
         max_size=2,

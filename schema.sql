@@ -4,7 +4,12 @@
 -- has no power_logs, or if it holds an older version of this file (the number at the end). On
 -- a database that is up to date, a role that may only INSERT and SELECT is enough.
 
-BEGIN;
+BEGIN ISOLATION LEVEL READ COMMITTED;
+
+-- What no setting of the role may change: below, definitions of indexes are compared, and a
+-- warning is raised. There is no backslash in this file, since its meaning is a setting, too.
+SET LOCAL quote_all_identifiers = off;
+SET LOCAL client_min_messages = warning;
 
 -- Several collectors may start at once, and CREATE ... IF NOT EXISTS fails in such a race.
 SELECT pg_advisory_xact_lock(7435359);
@@ -123,7 +128,7 @@ BEGIN
             WHERE indrelid = 'power_logs'::regclass AND indisvalid AND indpred IS NULL
               AND (indisunique OR wanted.uniqueness = '')
               AND pg_get_indexdef(indexrelid)
-                  ~ ('\(' || wanted.columns || '\)( INCLUDE .*| WITH .*)?$'));
+                  ~ ('[(]' || wanted.columns || '[)]( INCLUDE .*| WITH .*)?$'));
         index_name := wanted.name;
         IF to_regclass(index_name) IS NOT NULL THEN
             index_name := index_name || to_char(now(), '_YYYYMMDDHH24MISS');

@@ -1054,6 +1054,7 @@ async def open_database(collector: Collector) -> AsyncConnectionPool:
         conninfo,
         kwargs=CONNECTION,
         open=False,
+        configure=database.configure,
         min_size=settings.db_pool_min_size,
         max_size=settings.db_pool_max_size,
     )

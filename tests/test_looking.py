@@ -28,6 +28,7 @@ from support import (
     EM,
     EMDATA,
     METER,
+    ORIGINAL_TABLE,
     ROOT,
     device,
     execute,
@@ -36,6 +37,7 @@ from support import (
     notify,
     query,
     read_rows,
+    run_script,
     taken,
     wait_for,
     wait_for_rows,
@@ -584,26 +586,156 @@ async def test_rows_of_times_and_numbers_that_python_or_json_lack_are_answered(
     )
 
 
-async def test_no_setting_of_the_role_changes_an_answer(collectors, database):
-    execute(database, (ROOT / "schema.sql").read_bytes(), ROWS)
-    plain = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look").ready()
-    paths = [
-        f"/data/{name}.{form}"
-        for name in ("power", "cycles", "energy", "coverage")
-        for form in ("json", "csv")
-    ]
-    before = [
-        fetch(plain, path, since="2026-11-20", until="2026-11-21")[2] for path in paths
-    ]
+ODD_SETTINGS = [
+    "DateStyle = 'SQL, DMY'",
+    "IntervalStyle = 'iso_8601'",
+    "TimeZone = 'Asia/Kolkata'",
+    "search_path = 'nowhere'",
+    "standard_conforming_strings = off",
+    "client_encoding = 'LATIN1'",
+    "bytea_output = 'escape'",
+    "extra_float_digits = -15",
+    "array_nulls = off",
+    "transform_null_equals = on",
+    "quote_all_identifiers = on",
+    "client_min_messages = 'error'",
+    "default_transaction_isolation = 'serializable'",
+    "default_transaction_deferrable = on",
+    "lc_messages = 'C'",
+    "lc_numeric = 'C'",
+]
+
+
+@pytest.fixture
+def odd_database(database):
+    """A database in which each setting that could matter is another one."""
     name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
-    for setting in ("DateStyle = 'SQL, DMY'", "IntervalStyle = 'iso_8601'", "TimeZone = 'Asia/Kolkata'",
-                    "extra_float_digits = -10", "standard_conforming_strings = off"):  # fmt: skip
-        execute(database, f"ALTER DATABASE {name} SET {setting}")
-    altered = await collectors(DATABASE_URL=database, DASHBOARD_TOKEN="look").ready()
-    assert [
-        fetch(altered, path, since="2026-11-20", until="2026-11-21")[2]
-        for path in paths
-    ] == before
+    odd = f"{name}_odd"
+    execute(database, f"CREATE DATABASE {odd} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")  # fmt: skip
+    for setting in ODD_SETTINGS:
+        execute(database, f"ALTER DATABASE {odd} SET {setting}")
+    yield psycopg.conninfo.make_conninfo(database, dbname=odd)
+    execute(database, f"DROP DATABASE {odd} WITH (FORCE)")
+
+
+def as_usual(url):
+    """The URL of the same database, for a test that wants to see it as usual."""
+    options = "-c DateStyle=ISO -c TimeZone=UTC -c search_path=public -c standard_conforming_strings=on -c extra_float_digits=1"
+    return psycopg.conninfo.make_conninfo(url, options=options)
+
+
+async def test_no_setting_of_the_database_changes_what_is_written(
+    collectors, odd_database
+):
+    env = {"DATABASE_URL": odd_database, "RETENTION_DAYS": "30"}
+    running = await collectors(**env, DASHBOARD_TOKEN="look").ready()
+    usual = as_usual(odd_database)
+    execute(
+        usual,
+        ROWS.replace(
+            "'2026-11-20 10:00+00'::timestamptz", "now() - interval '40 days'"
+        ),
+    )
+    hostile = """C:\\new "pump's" {NULL}, é"""
+    status = {"id": 2, "src": hostile, "dst": "collector", "result": minute_frame(ret_aenergy=None)["params"]}  # fmt: skip
+    names = {"id": 3, "src": hostile, "dst": "collector", "result": {"switch:0": {"name": hostile}}}  # fmt: skip
+    async with device(running.url) as peer:
+        await peer.send(minute_frame("NULL"), minute_frame(hostile, ret_aenergy=None))
+        await peer.send(status)
+        assert await peer.websocket.recv() == sc.GET_CONFIG
+        await peer.send(names)
+        found = "SELECT device_says FROM channel_names WHERE channel = 'switch:0'"
+        await wait_for(lambda: query(usual, found) == [(hostile,)])
+        # What is older than RETENTION_DAYS has gone.
+        columns = "device_id, apower_w, energy_returned_wh"
+        left = [(hostile, 433.8, None), ("NULL", 433.8, 0.0)]
+        await wait_for(lambda: read_rows(usual, columns) == left)
+    assert "WARNING" not in running.log.replace("WARNING no COLLECTOR_TOKEN", "")
+    assert "ERROR" not in running.log
+
+    shown = json.loads(fetch(running, "/data/channels.json")[2])
+    assert [(row["device_id"], row["name"]) for row in shown] == [
+        (hostile, hostile),
+        ("NULL", None),
+    ]
+    status, out, err = await run_script(running.folder, "--check", **running.env)
+    assert (status, err) == (0, "")
+    at = shown[0]["timestamp"].replace("+00:00", "Z")
+    assert f"  {at}  {hostile}  switch:0  433.8 W  {hostile}\n" in out
+
+    # The schema finds its version and its indexes, and adds no second ones.
+    indexes = "SELECT count(*) FROM pg_indexes WHERE tablename = 'power_logs'"
+    before = query(usual, indexes)
+    with psycopg.connect(odd_database, autocommit=True) as conn:
+        conn.execute("SET search_path = public")
+        conn.execute((ROOT / "schema.sql").read_bytes())
+    assert query(usual, indexes) == before == [(4,)]
+    await running.stop()
+    execute(usual, "COMMENT ON FUNCTION newest_rows IS 'kept'")
+    await (await running.again()).ready()
+    comment = "SELECT obj_description('newest_rows'::regproc)"
+    assert query(usual, comment) == [("kept",)]
+
+
+async def test_no_setting_of_the_database_changes_an_answer(
+    collectors, database, odd_database
+):
+    answers = []
+    for url in (database, odd_database):
+        running = await collectors(DATABASE_URL=url, DASHBOARD_TOKEN="look").ready()
+        execute(as_usual(url), ROWS)
+        asked = {"since": "2026-11-20", "until": "2026-11-21", "zone": "Europe/Paris"}
+        paths = ["/data/channels.json", "/data/channels.csv"]
+        answers.append([fetch(running, path) for path in paths])
+        for name in ("power", "cycles", "energy", "coverage"):
+            for form in ("json", "csv"):
+                answers[-1].append(fetch(running, f"/data/{name}.{form}", **asked))
+    usual, odd = ([(status, body) for status, _, body in found] for found in answers)
+    assert usual == odd
+    assert {status for status, _ in odd} == {200}
+
+
+async def test_where_the_role_hears_no_warning_the_log_has_the_query_for_doubles(
+    collectors, odd_database
+):
+    usual = as_usual(odd_database)
+    old_row = "INSERT INTO power_logs VALUES (DEFAULT, '2020-01-01', 'old', 'switch:0', 1, 2, 3, 4)"
+    execute(usual, ORIGINAL_TABLE, old_row, old_row)
+    running = await collectors(DATABASE_URL=odd_database).ready()
+    assert "this query shows them: SELECT device_id" in running.log
+
+
+async def test_check_may_take_longer_than_a_statement_of_the_role(
+    running, database, tmp_path
+):
+    execute(
+        database,
+        "CREATE OR REPLACE FUNCTION newest_rows() RETURNS TABLE (device_id TEXT, channel TEXT, name TEXT,"
+        ' "timestamp" TIMESTAMPTZ, apower_w FLOAT, energy_total_wh FLOAT) LANGUAGE plpgsql AS'
+        " 'BEGIN PERFORM pg_sleep(1); RETURN QUERY VALUES (''d'', ''c'', NULL, now(), 1.5::float, 2.0::float); END'",
+        f"ALTER DATABASE {psycopg.conninfo.conninfo_to_dict(database)['dbname']} SET statement_timeout = '500ms'",
+    )
+    status, out, err = await run_script(tmp_path, "--check", DATABASE_URL=database)
+    assert (status, err) == (0, "") and "  d  c  1.5 W\n" in out
+
+
+async def test_rows_wait_while_the_database_is_read_only(running, database, tmp_path):
+    name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
+    limit = f"ALTER DATABASE {name} SET default_transaction_read_only"
+    execute(database, f"{limit} = on")
+    await running.stop()
+    await (await running.again()).ready()
+    async with device(f"{running.url}?token=send") as peer:
+        await peer.send(minute_frame())
+        reason = "cannot execute INSERT in a read-only transaction"
+        await wait_for(lambda: reason in running.log)
+        status, _, _ = await run_script(tmp_path, "--check", DATABASE_URL=database)
+        assert status == 0
+        with psycopg.connect(database, autocommit=True) as conn:
+            conn.execute("SET default_transaction_read_only = off")
+            conn.execute(f"{limit} = off")
+        await wait_for_rows(database, 61)
+    assert "rows dropped: 0" in running.get()[1]
 
 
 async def test_looking_writes_nothing(running, database):
