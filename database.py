@@ -34,11 +34,12 @@ SCHEMA = Path(__file__).with_name("schema.sql")
 SCHEMA_VERSION = 4
 
 # The server, the database or the role may have other settings than those that our SQL
-# relies on. Startup options would do, but PgBouncer refuses them. Without an existing
-# schema in the search_path there would be no place for the table.
+# relies on. PgBouncer refuses startup options, so they are set after connecting. With
+# no schema but the system's own in the search_path, the table would have no place.
 CONFIGURE = """
     SET array_nulls = on;
-    SELECT set_config('search_path', 'public', false) WHERE current_schema() IS NULL
+    SELECT set_config('search_path', 'public', false)
+    WHERE current_schemas(false) <@ '{pg_catalog}'
 """
 # The same at the start of a transaction that reads values as text.
 BEGIN_READING = """

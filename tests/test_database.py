@@ -700,6 +700,20 @@ async def test_a_table_in_a_later_schema_of_the_search_path_is_the_table(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("search_path", ["''", "nowhere", "pg_catalog"])
+async def test_a_search_path_without_a_schema_for_tables_means_public(
+    collectors, database, search_path
+):
+    name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
+    execute(database, f"ALTER DATABASE {name} SET search_path = {search_path}")
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame())
+        found = "SELECT count(*) FROM public.power_logs"
+        await wait_for(lambda: query(database, found) == [(1,)])
+
+
+@pytest.mark.slow
 async def test_a_rule_that_on_conflict_cannot_use_counts_as_none(collectors, database):
     execute(
         database,
