@@ -695,6 +695,21 @@ async def test_no_setting_of_the_database_changes_an_answer(
     assert {status for status, _ in odd} == {200}
 
 
+async def test_a_question_waits_for_no_writer_whatever_the_isolation(
+    collectors, odd_database, tmp_path
+):
+    running = await collectors(
+        DATABASE_URL=odd_database, DASHBOARD_TOKEN="look"
+    ).ready()
+    execute(as_usual(odd_database), ROWS)
+    with psycopg.connect(as_usual(odd_database)) as writer:
+        writer.execute("DELETE FROM power_logs")
+        assert len(json.loads(fetch(running, "/data/channels.json")[2])) == 2
+        env = {"DATABASE_URL": odd_database}
+        status, out, _ = await run_script(tmp_path, "--check", **env)
+        assert status == 0 and "holds 60 rows" in out
+
+
 async def test_where_the_role_hears_no_warning_the_log_has_the_query_for_doubles(
     collectors, odd_database
 ):
