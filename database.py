@@ -170,6 +170,25 @@ def make_query_pool(conninfo: str) -> AsyncConnectionPool:
     )
 
 
+def refuses_row(exc: Exception) -> bool:
+    """Whether an error is about a row's values. Any other is about the table, and so
+    concerns every row: then they wait."""
+    if isinstance(exc, psycopg.errors.CheckViolation):
+        # Without a name it's a partition that is missing.
+        return exc.diag.constraint_name is not None
+    if isinstance(exc, psycopg.errors.UniqueViolation):
+        # Otherwise the id is the problem: the sequence ran into existing rows. That's
+        # the table's fault, so the row waits.
+        return "device_id" in (exc.diag.message_detail or "")
+    return isinstance(
+        exc,
+        psycopg.errors.ExclusionViolation
+        | psycopg.errors.ForeignKeyViolation
+        | psycopg.errors.RaiseException
+        | psycopg.errors.UntranslatableCharacter,
+    )
+
+
 async def read_table(conn: psycopg.AsyncConnection[Any]) -> Table:
     row = await (await conn.execute(READ_TABLE)).fetchone()
     assert row is not None

@@ -7,8 +7,9 @@ They wait in memory while PostgreSQL answers. Where they get stuck they go to an
 file, which also locks the folder for this process. Each row has a place, which is its
 id in the file; so a batch in flight can be removed wherever its rows are by then.
 
-The writer takes `oldest`, writes it, and calls `remove`; `append` brings a row, `save`
-brings all that are in memory to disk, and `claim` takes the folder.
+The writer takes `oldest`, as many rows as `BatchSize` says, writes it, and calls
+`remove`. `append` brings a row, `save` brings all that are in memory to disk, and
+`claim` takes the folder.
 """
 
 import asyncio
@@ -26,6 +27,8 @@ log = logging.getLogger("shelly_collector")
 
 # Of 0.25 kB each. This is reached only if the disk fails as well as the database.
 MAX_ROWS_IN_MEMORY = 100_000
+# Rows in a statement; larger batches gain nothing.
+BATCH_SIZE = 1_000
 
 CREATE_TABLE = """
 CREATE TABLE IF NOT EXISTS rows (
@@ -67,6 +70,29 @@ class Batch(NamedTuple):
     rows: list[Row]
     # One past the place of its last row.
     end: int
+
+
+class BatchSize:
+    """How many rows go into a statement.
+
+    If the database refuses one of them, or takes too long, it narrows from 1,000 to 31
+    and to 1; over a slow link each statement counts. Past the batch that failed it
+    widens again."""
+
+    def __init__(self) -> None:
+        self.limit = BATCH_SIZE
+        # The end of that batch, a place in the outbox.
+        self.narrow_until = 0
+
+    def narrow(self, batch: Batch) -> None:
+        if len(batch.rows) == 1:
+            return
+        self.limit = max(1, len(batch.rows) // 32)
+        self.narrow_until = batch.end
+
+    def widen(self, batch: Batch) -> None:
+        if batch.end >= self.narrow_until:
+            self.limit = min(BATCH_SIZE, self.limit * 32)
 
 
 def is_sound(row: Row) -> bool:

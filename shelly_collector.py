@@ -30,12 +30,9 @@ import gc
 import logging
 import os
 import re
-import resource
-import signal
 import sqlite3
 import sys
 import time
-import zlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,24 +57,30 @@ from websockets import (
 import database
 import local_postgres
 from answers import has_token, header, respond
+from asking import (
+    ENABLE_NOTIFICATIONS,
+    GET_CONFIG,
+    GET_CONFIG_ID,
+    GET_STATUS,
+    Requests,
+    moment_of,
+)
 from check import check
-from database import CONNECTION, DATABASE_ERRORS, one_line, utc, within
-from outbox import Batch, Outbox, Row
+from complaints import Complaints
+from database import CONNECTION, DATABASE_ERRORS, one_line, refuses_row, utc, within
+from outbox import Batch, BatchSize, Outbox, Row
+from process import (
+    handle_signals,
+    log_loop_error,
+    raise_descriptor_limit,
+    start_log,
+)
 from settings import Settings, links, page_token, read_env_file, read_settings
+from upkeep import Configs, maintain_table
 
 log = logging.getLogger("shelly_collector")
 
 # ---- What the protocol fixes, and the limits. Times are seconds. ----
-
-# Sent to every device, as the first collector did. A real one answers this with 404,
-# and streams all the same.
-ENABLE_NOTIFICATIONS = (
-    '{"id":1,"src":"collector","method":"NotifyStatus","params":{"enable":true}}'
-)
-GET_STATUS = '{"id":2,"src":"collector","method":"Shelly.GetStatus"}'
-# Sent to a device that has answered, for the names that its owner gave it.
-GET_CONFIG = '{"id":3,"src":"collector","method":"Shelly.GetConfig"}'
-GET_CONFIG_ID = b"3"
 
 # A minute frame names its minute. By the server's clock it may come so much earlier or
 # later, since the device's own clock may be off.
@@ -88,13 +91,6 @@ MAX_AGE = 300.0
 # What two whole statuses lack that are so far apart, the device does not have. The
 # first one after it has booted may lack what it soon has.
 BOOT_TIME = 60.0
-# The shortest time between two requests of one kind on a connection. The owner seldom
-# changes a name.
-ASK_AGAIN = {GET_STATUS: 60.0, GET_CONFIG: 3600.0}
-# Behind a filter nobody answers. After so many requests in a row without an answer, it
-# is ten minutes, less what two looks may come early.
-MAX_UNANSWERED = 3
-SELDOM = 590.0
 # Between two looks for devices that are to be asked.
 ASK_TICK = 1.0
 # A frame that a filter held back for longer is refused.
@@ -107,18 +103,8 @@ ALL_CHANNELS = range(128)
 MAX_DEVICES = 1_000
 # Channels kept in memory, of about 0.5 kB each.
 MAX_CHANNELS = 50_000
-# Warnings per minute, each about something different.
-MAX_COMPLAINTS = 500
-# Components that are named because their power is not read.
-MAX_UNREAD = 1_000
 # What may wait to be sent to a device.
 MAX_UNREAD_BYTES = 2**20
-# A device's configuration is kept until its names are in the table, so many at most.
-# One of this many bytes is ignored.
-MAX_CONFIGS = 1_000
-MAX_CONFIG_BYTES = 32_768
-# Rows in a statement; larger batches gain nothing.
-BATCH_SIZE = 1_000
 # Rows wait this long in memory before they go to disk. This, and the tick of the task
 # that brings them there, is what a kill -9 may cost. Rows that still wait for a value
 # are lost, too.
@@ -383,6 +369,7 @@ class Collector:
     outbox: Outbox
     # By component key.
     decoders: dict[str, list[ChannelDecoder]]
+    configs: Configs
     interval_s: float
     # A frame names its minute, and comes so much before or after it at most.
     clock_error_s: float
@@ -398,12 +385,7 @@ class Collector:
     held_back: dict[str, Channel] = field(default_factory=dict)
     # The connections of devices.
     links: set["DeviceConnection"] = field(default_factory=set)
-    # Components with a power that is not read, by device, which the log has named.
-    unread: set[str] = field(default_factory=set)
-    # What this minute's warnings were about.
-    complaints: set[str] = field(default_factory=set)
-    # That minute (monotonic).
-    complaints_minute: float = 0.0
+    complaints: Complaints = field(default_factory=Complaints)
     # The embedded server.
     postgres: asyncio.subprocess.Process | None = None
     # None until the database has answered and the table is ready.
@@ -411,8 +393,6 @@ class Collector:
     query_pool: AsyncConnectionPool | None = None
     # The secret of the page's link.
     page_token: str = ""
-    # Configurations of devices, whose names are still to be written to the table.
-    configs: dict[str, str] = field(default_factory=dict)
     # The statement that fits the table, empty until that is known.
     insert: str = ""
     # schema.sql is being applied, which takes long on a long table.
@@ -431,35 +411,16 @@ class Collector:
 
 def make_collector(settings: Settings) -> Collector:
     interval_s = settings.throttle_interval_seconds
+    decoders = make_decoders(settings.channels or ALL_CHANNELS)
     return Collector(
         settings=settings,
         outbox=Outbox(Path(settings.data_dir)),
-        decoders=make_decoders(settings.channels or ALL_CHANNELS),
+        decoders=decoders,
+        configs=Configs(decoders),
         interval_s=interval_s,
         clock_error_s=min(MAX_CLOCK_ERROR, interval_s / 3),
         early_s=min(0.25, interval_s / 240),
     )
-
-
-def complain(collector: Collector, about: str, text: str, *values: object) -> bool:
-    """Log a warning, unless this minute had one about the same thing, or too many.
-
-    Returns whether it was logged."""
-    logged = may_complain(collector, about)
-    if logged:
-        log.warning(text, *values)
-    return logged
-
-
-def may_complain(collector: Collector, about: str) -> bool:
-    minute = time.monotonic() // 60
-    if minute != collector.complaints_minute:
-        collector.complaints_minute = minute
-        collector.complaints.clear()
-    if about in collector.complaints or len(collector.complaints) >= MAX_COMPLAINTS:
-        return False
-    collector.complaints.add(about)
-    return True
 
 
 # ---- Known status: a delta is laid over it, a full status replaces it ----
@@ -559,7 +520,7 @@ def take_frame(
     if frame.src not in link.devices:
         add_device(link, frame.src)
     if frame.method is None and bytes(frame.id) == GET_CONFIG_ID:
-        keep_config(collector, frame.src, components)
+        collector.configs.keep(frame.src, components)
         return None
     due, interval = update_channels(collector, frame, components, now)
     incomplete = False
@@ -644,7 +605,7 @@ def update_channels(
 def pass_over(collector: Collector, about: str, text: Raw, exc: ValueError) -> None:
     """Name a component that cannot be read; null is no news."""
     if bytes(text) != b"null":
-        complain(collector, about, "%s: passed over: %s", about, exc)
+        collector.complaints.log(about, "%s: passed over: %s", about, exc)
 
 
 def interval_of(
@@ -749,11 +710,9 @@ def name_unread_meters(
         kind, colon, _ = key.partition(":")
         if not colon or kind in KNOWN_KINDS or not POWER.search(text):
             continue
-        about = f"{src} sends {key} with a power, which is not kept"
-        if about in collector.unread or len(collector.unread) >= MAX_UNREAD:
-            continue
-        if complain(collector, about, "%s", about):
-            collector.unread.add(about)
+        collector.complaints.log_once(
+            f"{src} sends {key} with a power, which is not kept"
+        )
 
 
 def add_pending_row(collector: Collector, channel: Channel, interval: float) -> None:
@@ -816,7 +775,7 @@ def fill_in(pending: PendingRow, channel: Channel) -> list[str]:
 def warn_of_missing(collector: Collector, channel: Channel, missing: list[str]) -> bool:
     fields = ", ".join(missing)
     text = f"{channel.device_id} {channel.key} reports no {fields}: stored as 0"
-    return complain(collector, text, "%s", text)
+    return collector.complaints.log(text, "%s", text)
 
 
 def make_row(pending: PendingRow, channel: Channel) -> Row:
@@ -875,34 +834,11 @@ FROM unnest(
 FIRST_ROW_WINS = "ON CONFLICT (device_id, channel, timestamp) DO NOTHING"
 
 
-@dataclass
-class BatchSize:
-    """How many rows go into a statement.
-
-    If the database refuses one of them, or takes too long, it narrows from 1,000 to 31
-    and to 1; over a slow link each statement counts. Past the batch that failed it
-    widens again."""
-
-    limit: int
-    # The end of that batch, a place in the outbox.
-    narrow_until: int = 0
-
-    def narrow(self, batch: Batch) -> None:
-        if len(batch.rows) == 1:
-            return
-        self.limit = max(1, len(batch.rows) // 32)
-        self.narrow_until = batch.end
-
-    def widen(self, batch: Batch) -> None:
-        if batch.end >= self.narrow_until:
-            self.limit = min(BATCH_SIZE, self.limit * 32)
-
-
 async def write_batches(collector: Collector) -> None:
     """Write the oldest rows to the table, a batch at a time, until a stop finds
     none."""
     outbox = collector.outbox
-    size = BatchSize(BATCH_SIZE)
+    size = BatchSize()
     while len(outbox) > 0 or not collector.stopping:
         batch = Batch([], 0)
         try:
@@ -976,30 +912,11 @@ def array_text(values: Iterable[Any]) -> str:
     return "{" + msgspec.json.encode(values)[1:-1].decode() + "}"
 
 
-def refuses_row(exc: Exception) -> bool:
-    """Whether an error is about a row's values. Any other is about the table, and so
-    concerns every row: then they wait."""
-    if isinstance(exc, psycopg.errors.CheckViolation):
-        # Without a name it's a partition that is missing.
-        return exc.diag.constraint_name is not None
-    if isinstance(exc, psycopg.errors.UniqueViolation):
-        # Otherwise the id is the problem: the sequence ran into existing rows. That's
-        # the table's fault, so the row waits.
-        return "device_id" in (exc.diag.message_detail or "")
-    return isinstance(
-        exc,
-        psycopg.errors.ExclusionViolation
-        | psycopg.errors.ForeignKeyViolation
-        | psycopg.errors.RaiseException
-        | psycopg.errors.UntranslatableCharacter,
-    )
-
-
 def drop_row(collector: Collector, row: Row, exc: Exception) -> None:
     collector.outbox.dropped += 1
     about = f"{row.device_id} {row.channel}"
     text = "row dropped, the database says: %s: %s"
-    complain(collector, about, text, one_line(exc), row)
+    collector.complaints.log(about, text, one_line(exc), row)
 
 
 def note_success(collector: Collector) -> None:
@@ -1120,44 +1037,6 @@ def choose_insert(collector: Collector, table: database.Table) -> None:
     collector.insert = insert
 
 
-async def maintain_table(collector: Collector) -> None:
-    """Store the names that devices gave, and delete rows that are too old, a few at a
-    time, through the query pool, so that rows never wait for it."""
-    days = collector.settings.retention_days
-    while True:
-        await asyncio.sleep(RETRY)
-        if collector.pool is None or collector.failures:
-            continue
-        configs = collector.configs
-        collector.configs = {}
-        for src, config in configs.items():
-            if not await maintain(collector, "note_names", src, config):
-                # Try again later, unless the device has sent a newer one.
-                collector.configs.setdefault(src, config)
-        if days is not None:
-            await maintain(collector, "forget_rows", days)
-
-
-async def maintain(collector: Collector, function: str, *values: Any) -> bool:
-    """Call a function of schema.sql. Returns whether that is settled, i.e. False if it
-    should be tried again."""
-    try:
-        await within(ANSWER_TIMEOUT, call_function(collector, function, *values))
-    except DATABASE_ERRORS as exc:
-        complain(collector, function, "%s has failed: %s", function, one_line(exc))
-        # The database is away or busy; any other error would only come again.
-        return not isinstance(exc, psycopg.OperationalError | OSError)
-    return True
-
-
-async def call_function(collector: Collector, function: str, *values: Any) -> None:
-    pool = query_pool(collector)
-    if pool is None:
-        raise OSError("the database is away")
-    async with pool.connection() as conn:
-        await database.call(conn, function, *values)
-
-
 def query_pool(collector: Collector) -> AsyncConnectionPool | None:
     """The pool for everything but rows, None while the database is away."""
     if collector.pool is None or collector.failures:
@@ -1175,14 +1054,7 @@ class DeviceConnection(ServerConnection):
     # Its address, and then its first device.
     name = ""
     devices: set[str]
-    # When each request was last sent.
-    asked: dict[str, float]
-    # Requests for a status since the last answer.
-    unanswered = 0
-    # The part of an interval after which its device is asked if it has said nothing.
-    ask_after = 1.0
-    # The start of the interval in which that was last looked at.
-    looked_at = 0.0
+    requests: Requests
     # take_message, once the device has been asked.
     take: Callable[[bytes, float], None] | None = None
 
@@ -1200,7 +1072,7 @@ async def handle_device(collector: Collector, link: DeviceConnection) -> None:
     assert link.request is not None and link.response is not None
     link.name = address_of(link)
     link.devices = set()
-    link.asked = {}
+    link.requests = Requests()
     collector.links.add(link)
     try:
         await link.send(ENABLE_NOTIFICATIONS)
@@ -1232,26 +1104,13 @@ def take_message(
         collector.frames_passed_over += 1
         reason = one_line(exc)
         log_text = "%s: frame passed over: %s: %.60r"
-        complain(collector, link.name, log_text, link.name, reason, text)
+        collector.complaints.log(link.name, log_text, link.name, reason, text)
         return
     if request == GET_CONFIG:
         # It has answered.
-        link.unanswered = 0
-    if request is not None and may_ask(link, request, now, ASK_AGAIN[request]):
+        link.requests.unanswered = 0
+    if request is not None and link.requests.may_send(request, now):
         ask(link, request, now)
-
-
-def keep_config(collector: Collector, src: str, config: dict[str, Raw]) -> None:
-    """Keep what a device's configuration says of itself and its channels, until
-    note_names of schema.sql has read the names."""
-    useful = {
-        key: text
-        for key, text in config.items()
-        if key == "sys" or key in collector.decoders
-    }
-    text = msgspec.json.encode(useful)
-    if len(collector.configs) < MAX_CONFIGS and len(text) < MAX_CONFIG_BYTES:
-        collector.configs[src] = text.decode()
 
 
 def add_device(link: "DeviceConnection", src: str) -> None:
@@ -1266,30 +1125,12 @@ def add_device(link: "DeviceConnection", src: str) -> None:
     if not link.devices:
         log.info("%s connected from %s", src, link.name)
         link.name = src
-        link.ask_after = ask_after(src)
+        link.requests.moment = moment_of(src)
     link.devices.add(src)
 
 
-def ask_after(src: str) -> float:
-    """The part of an interval after which a device is asked if it has said nothing.
-
-    It lies in the second half, and leaves time for the answer. The id decides, so that
-    many devices are not asked at once."""
-    return 0.5 + 0.45 * zlib.crc32(src.encode()) / 2**32
-
-
-def may_ask(link: DeviceConnection, request: str, now: float, pause_s: float) -> bool:
-    """Whether a request was not sent for so long; a clock may have stepped back
-    since."""
-    if request == GET_STATUS and link.unanswered >= MAX_UNANSWERED:
-        pause_s = SELDOM
-    return not 0 <= now - link.asked.get(request, 0.0) < pause_s
-
-
 def ask(link: DeviceConnection, request: str, now: float) -> None:
-    link.asked[request] = now
-    if request == GET_STATUS:
-        link.unanswered += 1
+    link.requests.note_sent(request, now)
     broadcast([link], request)
 
 
@@ -1309,11 +1150,7 @@ def is_to_be_asked(collector: Collector, link: DeviceConnection, now: float) -> 
     It is true once in an interval, or in a minute if that is longer."""
     length = max(60.0, collector.interval_s)
     begin = now // length * length
-    if begin == link.looked_at or now < begin + link.ask_after * length:
-        return False
-    link.looked_at = begin
-    # If it has been asked in this interval, it is asked no more.
-    if not may_ask(link, GET_STATUS, now, now - begin):
+    if not link.requests.is_time_to_look(begin, length, now):
         return False
     return any(
         is_stale(collector, channel, begin, now)
@@ -1358,7 +1195,7 @@ async def process_request(
     if is_upgrade(request):
         reason = bytes(response.body).decode().strip()
         text = f"{address_of(connection)} refused: {reason}"
-        complain(collector, text, "%s", text)
+        collector.complaints.log(text, "%s", text)
     if request.method == "HEAD":
         # Only the headers are sent.
         response.body = b""
@@ -1552,7 +1389,9 @@ async def run(settings: Settings) -> int:
     collector = make_collector(settings)
     stop = asyncio.Event()
     handle_signals(stop)
-    asyncio.get_running_loop().set_exception_handler(partial(log_loop_error, collector))
+    asyncio.get_running_loop().set_exception_handler(
+        partial(log_loop_error, collector.complaints)
+    )
     raise_descriptor_limit()
     try:
         server = await serve(
@@ -1576,7 +1415,14 @@ async def run(settings: Settings) -> int:
         writer,
         asyncio.create_task(release_and_save_periodically(collector)),
         asyncio.create_task(ask_periodically(collector)),
-        asyncio.create_task(maintain_table(collector)),
+        asyncio.create_task(
+            maintain_table(
+                partial(query_pool, collector),
+                collector.configs,
+                settings.retention_days,
+                collector.complaints,
+            )
+        ),
         asyncio.create_task(stop.wait()),
     ]
     ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -1590,34 +1436,6 @@ async def run(settings: Settings) -> int:
     # asyncio.run would wait for a thread that hangs, as one that looks up the
     # database's name may.
     os._exit(status)
-
-
-def handle_signals(stop: asyncio.Event) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # nohup has a signal ignored, and that must stay so.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            loop.add_signal_handler(number, stop.set)
-
-
-def log_loop_error(
-    collector: Collector, loop: asyncio.AbstractEventLoop, context: dict[str, Any]
-) -> None:
-    """Log what asyncio reports, such as too many open files, at most once a minute."""
-    message = context["message"]
-    exc = context.get("exception")
-    if may_complain(collector, message):
-        # An error of the network needs no traceback.
-        bug = None if isinstance(exc, OSError) else exc
-        log.warning("%s", message, exc_info=bug)
-
-
-def raise_descriptor_limit() -> None:
-    """Often the soft limit allows only 1,024 connections."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = max(soft, min(hard, 1_000_000))
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def finish(
@@ -1676,18 +1494,6 @@ def main() -> int:
     if arguments == ["--check"]:
         return asyncio.run(check(settings))
     return asyncio.run(run(settings))
-
-
-def start_log(level: str) -> None:
-    logging.Formatter.converter = time.gmtime
-    logging.basicConfig(
-        level=level,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%SZ",
-    )
-    # These log a line per request, and at DEBUG the secrets in its URL.
-    for name in ("websockets", "psycopg", "asyncio"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

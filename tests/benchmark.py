@@ -61,7 +61,8 @@ from raw_client import (  # noqa: E402
     this_minute,
 )
 
-from shelly_collector import BATCH_SIZE, FIRST_ROW_WINS, INSERT  # noqa: E402
+from outbox import BATCH_SIZE  # noqa: E402
+from shelly_collector import FIRST_ROW_WINS, INSERT  # noqa: E402
 from support import Postgres, free_port  # noqa: E402
 
 CORES = psutil.cpu_count() or 1

@@ -28,6 +28,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.server import ServerProtocol
 
+from asking import ENABLE_NOTIFICATIONS, GET_STATUS, Requests
 from local_postgres import (
     child_options,
     conninfo,
@@ -40,8 +41,6 @@ from local_postgres import (
 from outbox import Outbox, Row
 from settings import Settings, read_settings
 from shelly_collector import (
-    ENABLE_NOTIFICATIONS,
-    GET_STATUS,
     Collector,
     DeviceConnection,
     ask,
@@ -583,13 +582,13 @@ class Link(DeviceConnection):
         super().__init__(ServerProtocol(), None)  # type: ignore[arg-type]
         self.name = "127.0.0.1"
         self.devices = set()
-        self.asked = {}
+        self.requests = Requests()
 
 
 def exchange(collector: Collector, link: Link, frame: Any, now: float) -> bool:
     """Let the collector take a device's frame. Return whether it asks for the status."""
     take_message(collector, link, json.dumps(frame), now)
-    return link.asked.get(GET_STATUS) == now
+    return link.requests.sent_at.get(GET_STATUS) == now
 
 
 def look(collector: Collector, link: Link, now: float) -> bool:

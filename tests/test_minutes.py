@@ -10,13 +10,9 @@ from typing import Any
 import pytest
 
 import simulated_device as sim
-from shelly_collector import (
-    ASK_TICK,
-    GET_STATUS,
-    MAX_UNREAD,
-    ask_after,
-    count_silent,
-)
+from asking import GET_STATUS, moment_of
+from complaints import MAX_KNOWN
+from shelly_collector import ASK_TICK, count_silent
 from support import (
     DEVICE,
     EM,
@@ -91,7 +87,7 @@ class Life:
     def connect(self) -> None:
         """Connect half a minute before NOON, and tell the whole status."""
         self.now = NOON - 31
-        self.link.asked[GET_STATUS] = self.now
+        self.link.requests.sent_at[GET_STATUS] = self.now
         self.send(self.device.full_status(), self.now)
         if self.answers:
             self.send(self.device.answer(json.loads(GET_STATUS)), self.now)
@@ -351,7 +347,7 @@ async def test_a_clock_that_steps_back_does_not_end_the_asking(make):
 
 def test_ten_thousand_silent_devices_are_asked_over_half_a_minute():
     moments = Counter(
-        int(60 * ask_after(f"shellypmmini-{n:012x}")) for n in range(10_000)
+        int(60 * moment_of(f"shellypmmini-{n:012x}")) for n in range(10_000)
     )
     assert set(moments) == set(range(30, 57))
     assert max(moments.values()) < 2 * 10_000 / 27
@@ -503,11 +499,11 @@ async def test_of_breakers_sensors_and_gateways_there_is_no_word(
 
 
 async def test_components_that_are_named_are_bounded(make, caplog, replace):
-    replace(MAX_UNREAD=10, MAX_COMPLAINTS=100)
+    replace(MAX_KNOWN=10, MAX_COMPLAINTS=100)
     collector = make()
     for n in range(50):
         feed(collector, notify({f"object:{n}": {"apower": 1.0}}), NOON)
-    assert len(caplog.messages) == 10 < MAX_UNREAD
+    assert len(caplog.messages) == 10 < MAX_KNOWN
 
 
 # ---- A change of profile

@@ -164,7 +164,9 @@ async def test_an_old_voltage_is_asked_for_and_seldom_where_nobody_answers(
                 clock += 58
                 # It is looked at once in each minute, in its second half.
                 await wait_for(
-                    lambda link=link, minute=clock - 58: link.looked_at == minute
+                    lambda link=link, minute=clock - 58: (
+                        link.requests.looked_at == minute
+                    )
                 )
                 await (await peer.websocket.ping())
                 clock += 2

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from shelly_collector import MAX_DEVICES, complain
+from complaints import Complaints
+from shelly_collector import MAX_DEVICES
 from support import (
     COUNTER,
     DEVICE,
@@ -357,13 +358,13 @@ async def test_the_queue_in_memory_is_bounded_and_each_time_it_overflows_the_log
     assert collector.outbox.dropped == 31
 
 
-async def test_warnings_of_past_minutes_are_forgotten(make, monkeypatch):
-    collector, clock = make(), 1000.0
+def test_warnings_of_past_minutes_are_forgotten(monkeypatch):
+    complaints, clock = Complaints(), 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     for n in range(5):
-        assert complain(collector, f"d{n}", "x")
+        assert complaints.log(f"d{n}", "x")
         clock += 61
-    assert len(collector.complaints) == 1
+    assert len(complaints.about) == 1
 
 
 async def test_a_channel_with_nothing_but_null_is_not_remembered(make):
