@@ -448,19 +448,24 @@ def merge(channel: Channel, component: Component, full: bool, now: float) -> boo
     if current is not UNSET:
         channel.current_a = current
         has_value = has_value or current is not None
-    drawn = component.aenergy
-    if isinstance(drawn, Energy):
-        drawn = drawn.total
-    if drawn is not UNSET:
-        channel.energy_total_wh = drawn
-        channel.counter_time = now
-        has_value = has_value or drawn is not None
-    returned = component.ret_aenergy
-    if isinstance(returned, Energy):
-        returned = returned.total
-    if returned is not UNSET:
-        channel.energy_returned_wh = returned
+    if component.aenergy is not UNSET:
+        drawn = total_of(component.aenergy)
+        if drawn is not UNSET:
+            channel.energy_total_wh = drawn
+            channel.counter_time = now
+            has_value = has_value or drawn is not None
+    if component.ret_aenergy is not UNSET:
+        returned = total_of(component.ret_aenergy)
+        if returned is not UNSET:
+            channel.energy_returned_wh = returned
     return has_value
+
+
+def total_of(counter: Energy | Counted) -> Counted:
+    """A clamp's counter is the number itself."""
+    if isinstance(counter, Energy):
+        return counter.total
+    return counter
 
 
 def forget(channel: Channel, component: Component) -> None:
