@@ -4,6 +4,7 @@ A device that says nothing for an interval is asked for its status in the interv
 second half. Its id decides when, so that many devices are not asked at once."""
 
 import zlib
+from dataclasses import dataclass, field
 
 # Sent to every device, as the first collector did. A real one answers this with 404,
 # and streams all the same.
@@ -24,18 +25,19 @@ MAX_UNANSWERED = 3
 UNANSWERED_PAUSE = 590.0
 
 
+@dataclass(slots=True)
 class Requests:
     """What a connection's device has been asked."""
 
-    def __init__(self) -> None:
-        # When each request was last sent.
-        self.sent_at: dict[str, float] = {}
-        # Requests for the status since the last answer.
-        self.unanswered = 0
-        # The part of an interval after which its device is asked if it is silent.
-        self.moment = 1.0
-        # The start of the interval in which that was last looked at.
-        self.looked_at = 0.0
+    # When each request was last sent.
+    sent_at: dict[str, float] = field(default_factory=dict)
+    # Requests for the status since the last answer.
+    unanswered: int = 0
+    # The part of an interval after which its device is asked if it is silent; of a
+    # device that has said nothing at all, never.
+    moment: float = 1.0
+    # The start of the interval in which that was last looked at.
+    looked_at: float = 0.0
 
     def may_send(self, request: str, now: float) -> bool:
         return self.was_not_sent(request, PAUSES[request], now)
@@ -52,14 +54,13 @@ class Requests:
         if request == GET_STATUS:
             self.unanswered += 1
 
-    def is_time_to_look(self, begin: float, length: float, now: float) -> bool:
-        """Whether it is time to see if the device is silent in this interval, which is
-        true once, and not if it has just been asked."""
-        moment = begin + self.moment * length
-        if begin == self.looked_at or now < moment:
+    def is_time_to_look(self, begin: float, passed: float) -> bool:
+        """Whether it is time to see if the device is silent. It is true once in an
+        interval, which began at `begin`, and of which a part has passed."""
+        if begin == self.looked_at or passed < self.moment:
             return False
         self.looked_at = begin
-        return self.was_not_sent(GET_STATUS, now - begin, now)
+        return True
 
 
 def moment_of(device_id: str) -> float:

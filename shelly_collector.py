@@ -1142,20 +1142,27 @@ def ask(link: DeviceConnection, request: str, now: float) -> None:
 async def ask_periodically(collector: Collector) -> None:
     while True:
         await asyncio.sleep(ASK_TICK)
-        now = time.time()
-        for link in collector.links:
-            if is_to_be_asked(collector, link, now):
+        ask_silent_devices(collector, time.time())
+
+
+def ask_silent_devices(collector: Collector, now: float) -> None:
+    """Ask the devices that have said nothing of a channel in this interval, or no
+    voltage or counter for long: once in an interval, or in a minute if that is longer,
+    each at its own moment."""
+    length = max(60.0, collector.interval_s)
+    begin = now // length * length
+    passed = (now - begin) / length
+    for link in collector.links:
+        if link.requests.is_time_to_look(begin, passed):
+            if is_silent(collector, link, begin, now):
                 ask(link, GET_STATUS, now)
 
 
-def is_to_be_asked(collector: Collector, link: DeviceConnection, now: float) -> bool:
-    """Whether a device has said nothing of a channel in this interval, or no voltage or
-    counter for long.
-
-    It is true once in an interval, or in a minute if that is longer."""
-    length = max(60.0, collector.interval_s)
-    begin = now // length * length
-    if not link.requests.is_time_to_look(begin, length, now):
+def is_silent(
+    collector: Collector, link: DeviceConnection, begin: float, now: float
+) -> bool:
+    # If it has been asked since the interval began, it is asked no more.
+    if not link.requests.was_not_sent(GET_STATUS, now - begin, now):
         return False
     return any(
         is_stale(collector, channel, begin, now)

@@ -43,8 +43,7 @@ from settings import Settings, read_settings
 from shelly_collector import (
     Collector,
     DeviceConnection,
-    ask,
-    is_to_be_asked,
+    ask_silent_devices,
     make_collector,
     release_complete_rows,
     take_frame,
@@ -594,10 +593,9 @@ def exchange(collector: Collector, link: Link, frame: Any, now: float) -> bool:
 def look(collector: Collector, link: Link, now: float) -> bool:
     """Look, as the collector does every second, whether a device is to be asked for its
     status. Return whether it is asked."""
-    wanted = is_to_be_asked(collector, link, now)
-    if wanted:
-        ask(link, GET_STATUS, now)
-    return wanted
+    collector.links = {link}
+    ask_silent_devices(collector, now)
+    return link.requests.sent_at.get(GET_STATUS) == now
 
 
 def feed(collector: Collector, frame: Any, now: float, link: Any = None) -> bool:
