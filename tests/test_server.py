@@ -20,6 +20,7 @@ from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
 
+from asking import GET_CONFIG
 from shelly_collector import DeviceConnection, ask_periodically, handle_device
 from support import (
     DEVICE,
@@ -177,6 +178,23 @@ async def test_an_old_voltage_is_asked_for_and_seldom_where_nobody_answers(
     # The request that follows the connection counts.
     assert asked == [(minute, GET_STATUS) for minute in (5, 6, 16)]
     assert not collector.links
+
+
+@pytest.mark.slow
+async def test_a_silent_device_is_asked_and_each_answer_is_a_row(collectors, database):
+    running = await collectors(
+        DATABASE_URL=database, THROTTLE_INTERVAL_SECONDS="60"
+    ).ready()
+    meter = minute_frame()["params"]["switch:0"]
+    answer = {"id": 2, "src": DEVICE, "dst": "collector", "result": {"pm1:0": meter}}
+    async with device(running.url) as peer:
+        await peer.send(answer)
+        await wait_for_rows(database, 1)
+        assert await peer.websocket.recv() == GET_CONFIG
+        # It comes in the second half of the next minute at the latest.
+        assert await asyncio.wait_for(peer.websocket.recv(), 120) == GET_STATUS
+        await peer.send(answer)
+        await wait_for_rows(database, 2)
 
 
 async def test_with_short_intervals_it_is_asked_no_more_than_once_a_minute(
