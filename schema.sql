@@ -151,6 +151,40 @@ END $$;
 -- device that the caller's WHERE names. A subquery as an argument prevents that. What the
 -- columns mean is in the comments on the functions, below.
 
+-- In an older database a function may lack its newest column. CREATE OR REPLACE cannot add
+-- one, so the old function is dropped. If a view of the owner's uses it, it is renamed.
+DO $$
+DECLARE
+    question RECORD;
+    version INT := 0;
+BEGIN
+    IF to_regprocedure('power_logs_version()') IS NOT NULL THEN
+        version := power_logs_version();
+    END IF;
+    FOR question IN SELECT format('%I(%s)', name, arguments) AS signature, name, newest_column
+        FROM (VALUES
+            ('newest_rows', '', 'energy_total_wh'),
+            ('power_cycles', 'timestamptz, timestamptz, interval, interval, float, interval',
+             'median_v'),
+            ('energy_by_day', 'timestamptz, timestamptz, text', 'energy_returned_wh'),
+            ('coverage', 'timestamptz, timestamptz, interval, float', 'resets'),
+            ('power_series', 'timestamptz, timestamptz, interval', 'rows'),
+            ('channels', '', 'device_name')
+        ) AS list (name, arguments, newest_column)
+    LOOP
+        CONTINUE WHEN NOT EXISTS (
+            SELECT FROM pg_proc
+            WHERE oid = to_regprocedure(question.signature)
+              AND NOT question.newest_column = ANY (proargnames));
+        BEGIN
+            EXECUTE 'DROP FUNCTION ' || question.signature;
+        EXCEPTION WHEN dependent_objects_still_exist THEN
+            EXECUTE format('ALTER FUNCTION %s RENAME TO %I', question.signature,
+                           question.name || '_of_version_' || version);
+        END;
+    END LOOP;
+END $$;
+
 -- Steps from channel to channel through the unique index, and takes the newest row of each.
 -- A table may be long, and a channel silent for years, but channels are few. Each ORDER BY has
 -- all columns of the index; otherwise a step would read all rows of a channel.
@@ -298,22 +332,6 @@ LANGUAGE sql STABLE AS $$
     FROM runs r
     WHERE r.ends > since AND (r.ends - r.begins >= min_duration OR r.ends >= now() - gap)
 $$;
-
--- In databases before version 4 this function lacks its last column. CREATE OR REPLACE cannot
--- add one, so the old function is dropped; if a view of the owner's uses it, it is renamed.
-DO $$
-BEGIN
-    IF EXISTS (
-        SELECT FROM pg_proc
-        WHERE oid = to_regprocedure('energy_by_day(timestamptz,timestamptz,text)')
-          AND NOT 'energy_returned_wh' = ANY (proargnames)
-    ) THEN
-        DROP FUNCTION energy_by_day(TIMESTAMPTZ, TIMESTAMPTZ, TEXT);
-    END IF;
-EXCEPTION WHEN dependent_objects_still_exist THEN
-    ALTER FUNCTION energy_by_day(TIMESTAMPTZ, TIMESTAMPTZ, TEXT)
-        RENAME TO energy_by_day_of_version_3;
-END $$;
 
 CREATE OR REPLACE FUNCTION energy_by_day(
     since TIMESTAMPTZ DEFAULT now() - INTERVAL '45 days',
@@ -502,6 +520,6 @@ $$;
 -- The version of this file: raise it with each change. The collector applies the file to a
 -- database that holds a lower one. What older versions made and this one lacks stays there,
 -- for an older collector beside this one: power_answer.
-CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 4';
+CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 5';
 
 COMMIT;

@@ -1292,3 +1292,86 @@ async def test_two_ids_become_one_in_an_old_table_with_doubles(database):
     execute(database, ORIGINAL_TABLE, *[OLD_ROW] * 2, OLD_ROW.replace("'old'", "'new'"))
     execute(database, (ROOT / "schema.sql").read_bytes(), join_ids("old", "new"))
     assert read_rows(database, "device_id") == [("new",)]
+
+
+# ---- A question that gets a column. An older version of it lacks the last one.
+
+GROWING = [
+    "newest_rows",
+    "power_cycles",
+    "energy_by_day",
+    "coverage",
+    "power_series",
+    "channels",
+]
+
+
+def signature(database, question):
+    return query(
+        database,
+        "SELECT pg_get_function_arguments(oid), pg_get_function_result(oid)"
+        " FROM pg_proc WHERE proname = %s",
+        question,
+    )
+
+
+def put_older(database, question, version):
+    """Leave the database with a question as if in this version it lacked its last column."""
+    ((arguments, result),) = signature(database, question)
+    older = result.rpartition(",")[0]
+    types = [column.split(" ", 1)[1] for column in older.split("(", 1)[1].split(", ")]
+    values = ", ".join(f"NULL::{name}" for name in types)
+    execute(
+        database,
+        f"DROP FUNCTION {question}",
+        f"CREATE FUNCTION {question}({arguments}) RETURNS {older})"
+        f" LANGUAGE sql STABLE AS 'SELECT {values}'",
+        f"CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT"
+        f" LANGUAGE sql IMMUTABLE AS 'SELECT {version}'",
+    )
+    return older + ")"
+
+
+@pytest.mark.parametrize("question", GROWING)
+@pytest.mark.parametrize("version", [3, 4])
+def test_a_question_that_lacks_its_newest_column_gets_it(database, question, version):
+    schema = (ROOT / "schema.sql").read_bytes()
+    execute(database, schema)
+    wanted = signature(database, question)
+    put_older(database, question, version)
+    for _ in range(2):
+        execute(database, schema)
+        assert signature(database, question) == wanted
+        found = query(
+            database, "SELECT proname FROM pg_proc WHERE proname ~ 'of_version'"
+        )
+        assert found == []
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_views_on_older_questions_go_on_working_beside_the_new_ones(database, version):
+    schema = (ROOT / "schema.sql").read_bytes()
+    execute(database, schema)
+    wanted = {question: signature(database, question) for question in GROWING}
+    older = {}
+    for question in GROWING:
+        older[question] = put_older(database, question, version)
+        execute(database, f"CREATE VIEW my_{question} AS SELECT * FROM {question}()")
+    for _ in range(2):
+        execute(database, schema)
+        for question in GROWING:
+            assert signature(database, question) == wanted[question]
+            ((_, result),) = signature(database, f"{question}_of_version_{version}")
+            assert result == older[question]
+            rows = query(database, f"SELECT count(*) FROM my_{question}")
+            assert rows == [(1,)]
+
+
+def test_a_question_that_is_up_to_date_is_not_made_anew(database):
+    schema = (ROOT / "schema.sql").read_bytes()
+    execute(database, schema)
+    oids = "SELECT oid FROM pg_proc WHERE proname = ANY (%s) ORDER BY oid"
+    before = query(database, oids, GROWING)
+    assert len(before) == len(GROWING)
+    execute(database, schema)
+    assert query(database, oids, GROWING) == before
