@@ -217,24 +217,166 @@ LANGUAGE sql STABLE AS $$
     ORDER BY n.device_id, n.channel
 $$;
 
--- Wh by which a counter rose from one row (`wh`) to the next (`next_wh`), `seconds` later;
--- `before_wh` is the row before, NULL if there is none.
-CREATE OR REPLACE FUNCTION counter_rise(
+-- ---- Counters ----
+-- What the questions share. A counter is energy_total_wh, or energy_returned_wh where
+-- `returned` is true; rows in which it is NULL are passed over. No answer depends on a row
+-- more than a day before the one that is asked about.
+
+-- The newest row before `at` whose counter is another than `wh`, at most a day before; with a
+-- `wh` of NULL, the newest that has the counter.
+CREATE OR REPLACE FUNCTION counter_before(
+    device TEXT, component TEXT, returned BOOLEAN, at TIMESTAMPTZ, wh FLOAT)
+RETURNS TABLE (before_at TIMESTAMPTZ, before_wh FLOAT)
+LANGUAGE sql STABLE AS $$
+    SELECT p.timestamp, counter.wh
+    FROM power_logs p, LATERAL (
+        SELECT CASE WHEN counter_before.returned
+                    THEN p.energy_returned_wh ELSE p.energy_total_wh END
+    ) counter (wh)
+    WHERE p.device_id = counter_before.device AND p.channel = counter_before.component
+      AND p.timestamp >= counter_before.at - INTERVAL '1 day'
+      AND p.timestamp < counter_before.at
+      AND counter.wh IS NOT NULL AND counter.wh IS DISTINCT FROM counter_before.wh
+    ORDER BY p.timestamp DESC
+    LIMIT 1
+$$;
+
+-- The rows up to `at` over which the counter stood still at `wh`, at most a day: how many,
+-- the first one, their highest power in either direction, and the Wh that their own power
+-- makes; the last one lasts for `seconds`.
+CREATE OR REPLACE FUNCTION still_counter(
+    device TEXT, component TEXT, returned BOOLEAN,
+    at TIMESTAMPTZ, wh FLOAT, seconds FLOAT)
+RETURNS TABLE (rows BIGINT, first_at TIMESTAMPTZ, highest_w FLOAT, power_wh FLOAT)
+LANGUAGE sql STABLE AS $$
+    SELECT count(*), min(still.at), max(still.power_w),
+           sum(still.power_w * coalesce(still.lasts_s, still_counter.seconds)) / 3600
+    FROM (
+        SELECT p.timestamp AS at, abs(p.apower_w) AS power_w,
+               date_part('epoch', lead(p.timestamp) OVER (ORDER BY p.timestamp)
+                                  - p.timestamp) AS lasts_s
+        FROM power_logs p
+        WHERE p.device_id = still_counter.device AND p.channel = still_counter.component
+          AND p.timestamp > coalesce(
+              (SELECT b.before_at FROM counter_before(
+                  still_counter.device, still_counter.component, still_counter.returned,
+                  still_counter.at, still_counter.wh) b),
+              still_counter.at - INTERVAL '1 day')
+          AND p.timestamp <= still_counter.at
+          AND still_counter.wh = CASE WHEN still_counter.returned
+                  THEN p.energy_returned_wh ELSE p.energy_total_wh END
+    ) still
+$$;
+
+-- Whether a counter that falls from `wh` to `next_wh` only comes back from one wrong reading
+-- upwards: it had risen to `wh` faster than 100 kW can make it.
+CREATE OR REPLACE FUNCTION comes_back(
+    device TEXT, component TEXT, returned BOOLEAN,
+    at TIMESTAMPTZ, wh FLOAT, next_wh FLOAT)
+RETURNS BOOLEAN LANGUAGE sql STABLE AS $$
+    SELECT coalesce((
+        SELECT b.before_wh > 0 AND comes_back.next_wh >= b.before_wh * 0.9
+               AND comes_back.wh - b.before_wh > 100000 * date_part('epoch', (
+                   SELECT min(p.timestamp) FROM power_logs p
+                   WHERE p.device_id = comes_back.device
+                     AND p.channel = comes_back.component
+                     AND p.timestamp > b.before_at AND p.timestamp <= comes_back.at
+                     AND (NOT comes_back.returned OR p.energy_returned_wh IS NOT NULL)
+               ) - b.before_at) / 3600
+        FROM counter_before(comes_back.device, comes_back.component, comes_back.returned,
+                            comes_back.at, comes_back.wh) b
+    ), false)
+$$;
+
+-- The rise of a counter in the few cases in which the row and the next one do not tell.
+CREATE OR REPLACE FUNCTION unusual_rise(
+    device TEXT, component TEXT, returned BOOLEAN,
+    at TIMESTAMPTZ, wh FLOAT, next_wh FLOAT, seconds FLOAT)
+RETURNS FLOAT LANGUAGE plpgsql STABLE AS $$
+#variable_conflict use_variable
+DECLARE
+    before_at TIMESTAMPTZ;
+    before_wh FLOAT;
+    still RECORD;
+    most_wh FLOAT;
+BEGIN
+    IF wh IS NULL OR wh <= 0 THEN
+        SELECT b.before_at, b.before_wh INTO before_at, before_wh
+        FROM counter_before(device, component, returned, at, wh) b;
+    END IF;
+    IF wh IS NULL THEN
+        -- It was not reported for a while, and rose from the newest value that is known.
+        seconds := seconds + date_part('epoch', at - before_at);
+        RETURN CASE
+            WHEN next_wh - before_wh BETWEEN 0 AND 100000 * seconds / 3600
+                THEN next_wh - before_wh
+            WHEN before_wh IS NOT NULL THEN 0
+        END;
+    END IF;
+    -- A 0 between a value and one that is no less: the device did not report it.
+    IF wh <= 0 AND before_wh > 0 AND next_wh >= before_wh * 0.9 THEN
+        RETURN 0;
+    END IF;
+    most_wh := 100000 * seconds / 3600;
+    IF next_wh >= wh THEN
+        IF next_wh - wh <= most_wh THEN
+            RETURN next_wh - wh;
+        END IF;
+        -- Faster than 100 kW is no consumption, unless the counter was told late: it stood
+        -- still while the rows' own power makes about as much.
+        SELECT * INTO still
+        FROM still_counter(device, component, returned, at, wh, seconds);
+        IF still.rows >= 2 AND next_wh - wh <= 2 * still.power_wh + 100 THEN
+            RETURN next_wh - wh;
+        END IF;
+        RETURN 0;
+    END IF;
+    -- A fall below 0.9 of the value is a reset, and what the counter shows since then was
+    -- consumed. A smaller fall is not: the last digits were lost in a reboot.
+    IF next_wh < wh * 0.9 AND next_wh BETWEEN 0 AND most_wh
+       AND NOT comes_back(device, component, returned, at, wh, next_wh)
+    THEN
+        RETURN next_wh;
+    END IF;
+    RETURN 0;
+END
+$$;
+
+-- Wh by which a counter rose from one row (`at`, `wh`) to the next, `seconds` later. It is
+-- NULL where the counter is not known. `before_wh` is the counter of the row before, or NULL:
+-- it only saves time. This function is inlined, and settles nearly every row.
+CREATE OR REPLACE FUNCTION rise_to_next(
+    device TEXT, component TEXT, returned BOOLEAN, at TIMESTAMPTZ,
     before_wh FLOAT, wh FLOAT, next_wh FLOAT, seconds FLOAT)
-RETURNS FLOAT LANGUAGE sql IMMUTABLE AS $$
+RETURNS FLOAT LANGUAGE sql STABLE AS $$
     SELECT CASE
-        -- A 0 between a value and one that is no less: the device did not report it.
-        WHEN wh = 0 AND before_wh > 0 AND next_wh >= before_wh * 0.9
+        WHEN next_wh = wh
             THEN 0
-        -- Faster than 100 kW is no consumption, but a counter that came back.
-        WHEN next_wh >= wh AND next_wh - wh <= 100000 * seconds / 3600
+        WHEN wh > 0 AND next_wh > wh AND next_wh - wh <= 100000 * seconds / 3600
             THEN next_wh - wh
-        -- A fall below 0.9 of the value is a reset, and what the counter shows since then
-        -- was consumed. A smaller fall is not: the last digits were lost in a reboot.
-        WHEN next_wh < wh * 0.9 AND next_wh BETWEEN 0 AND 100000 * seconds / 3600
-            THEN next_wh
-        ELSE 0
+        -- Too fast, and it had not stood still.
+        WHEN before_wh <> wh AND next_wh - wh > 100000 * seconds / 3600
+            THEN 0
+        WHEN next_wh < wh AND (next_wh >= wh * 0.9 OR next_wh = 0)
+            THEN 0
+        WHEN next_wh IS NULL
+            THEN CASE WHEN wh IS NOT NULL THEN 0 END
+        ELSE unusual_rise(device, component, returned, at, wh, next_wh, seconds)
     END
+$$;
+
+-- If the rise of a total was told late, so that the power of the rows before explains it: the
+-- first of the rows over which the counter stood still, or infinity if none of them ran. NULL
+-- otherwise.
+CREATE OR REPLACE FUNCTION told_late_since(
+    device TEXT, component TEXT, at TIMESTAMPTZ, wh FLOAT, seconds FLOAT, rise_wh FLOAT,
+    min_power_w FLOAT)
+RETURNS TIMESTAMPTZ LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN s.highest_w > told_late_since.min_power_w
+                THEN s.first_at ELSE 'infinity' END
+    FROM still_counter(told_late_since.device, told_late_since.component, false,
+                       told_late_since.at, told_late_since.wh, told_late_since.seconds) s
+    WHERE s.rows >= 2 AND told_late_since.rise_wh <= 2 * s.power_wh
 $$;
 
 -- Reads rows a little beyond the window as well, to know how a run at its edge goes on.
@@ -250,46 +392,78 @@ RETURNS TABLE (device_id TEXT, channel TEXT, started_at TIMESTAMPTZ, ended_at TI
                mean_a FLOAT, median_v FLOAT)
 LANGUAGE sql STABLE AS $$
     WITH
-    -- All rows, each with the counter of its neighbours and the seconds to the next row.
-    -- Rows at most `reach` seconds apart belong together.
+    -- All rows, each with the counters of the next one. Rows at most `reach` apart belong
+    -- together.
     readings AS (
         SELECT p.device_id, p.channel, p.timestamp AS at,
-               p.apower_w, p.voltage_v, p.current_a, p.energy_total_wh AS wh,
-               date_part('epoch', lead(p.timestamp) OVER w - p.timestamp) AS distance,
-               lag(p.energy_total_wh) OVER w AS before_wh,
+               p.apower_w, p.voltage_v, p.current_a,
+               p.energy_total_wh AS wh,
+               lead(p.timestamp) OVER w AS next_at,
                lead(p.energy_total_wh) OVER w AS next_wh,
-               date_part('epoch', greatest(gap, row_length * 1.5)) AS reach,
-               date_part('epoch', row_length) AS row_s
+               greatest(gap, row_length * 1.5) AS reach
         FROM power_logs p
         WHERE p.timestamp > since - (min_duration + greatest(gap, row_length * 1.5))
           AND p.timestamp < until + (min_duration + 2 * greatest(gap, row_length * 1.5))
         WINDOW w AS (PARTITION BY p.device_id, p.channel ORDER BY p.timestamp)
     ),
-    -- The rows that run: by their power, or because the counter rises until the next row.
-    -- A row stands for `seconds`: until the next one if that is near.
-    running AS (
+    -- The rows whose power or counter may let them run, each with the rise of the total, and
+    -- the seconds until the next row.
+    risen AS (
         SELECT r.*,
                abs(r.apower_w) > min_power_w AS loaded,
-               r.distance <= r.reach AS near,
-               CASE WHEN r.distance <= r.reach THEN r.distance ELSE r.row_s END AS seconds,
-               CASE WHEN r.distance IS NOT NULL
-                    THEN counter_rise(r.before_wh, r.wh, r.next_wh, r.distance)
-               END AS rise,
-               lag(r.at) OVER (PARTITION BY r.device_id, r.channel ORDER BY r.at) AS before
+               r.next_at <= r.at + r.reach AS near,
+               date_part('epoch', r.next_at - r.at) AS distance,
+               CASE WHEN r.next_at IS NOT NULL
+                    THEN rise_to_next(r.device_id, r.channel, false, r.at,
+                                      NULL, r.wh, r.next_wh,
+                                      date_part('epoch', r.next_at - r.at))
+               END AS rise
         FROM readings r
         WHERE abs(r.apower_w) > min_power_w
-           OR r.distance <= r.reach
-              AND counter_rise(r.before_wh, r.wh, r.next_wh, r.distance)
-                  > min_power_w * r.distance / 3600
+           OR r.next_wh <> r.wh AND r.next_at <= r.at + r.reach
     ),
-    -- The same rows, with the number of their run, counted per channel. `share` is the part
+    -- The rows that run: by their power, or because the counter rises until the next row; but
+    -- not if it only tells late what was drawn while nothing ran. `last_at`, `last_wh` and
+    -- `following_at` are those of the neighbours in this list.
+    running AS (
+        SELECT r.*,
+               lag(r.at) OVER w AS last_at,
+               lag(r.wh) OVER w AS last_wh,
+               lead(r.at) OVER w AS following_at
+        FROM risen r
+        WHERE r.loaded
+           OR r.rise > min_power_w * r.distance / 3600
+              AND (r.apower_w = 0
+                   OR told_late_since(r.device_id, r.channel, r.at, r.wh, r.distance,
+                                      r.rise, min_power_w) IS DISTINCT FROM 'infinity')
+        WINDOW w AS (PARTITION BY r.device_id, r.channel ORDER BY r.at)
+    ),
+    -- The same rows. A row stands for `seconds`: until the next one if that is near. Where the
+    -- counter has not risen since the last row that ran, `late_since` may say that it tells
+    -- late what was drawn until then; such a row does not run.
+    told AS (
+        SELECT r.*,
+               CASE WHEN r.near THEN r.distance ELSE date_part('epoch', row_length) END
+                   AS seconds,
+               CASE WHEN NOT r.loaded AND (r.last_wh <> r.wh) IS NOT TRUE
+                    THEN told_late_since(r.device_id, r.channel, r.at, r.wh, r.distance,
+                                         r.rise, min_power_w)
+               END AS late_since
+        FROM running r
+    ),
+    -- The same rows, with the number of their run, counted per channel. A rise that was told
+    -- late ends a run, too, unless the rows around it are near each other. `share` is the part
     -- of a row that lies in the window, from 0 to 1. An old table may hold two rows of one
-    -- moment, so `seconds` may be 0.
+    -- moment, so `seconds` may be 0. Where the next row is far, it is unknown how much of the
+    -- counter's rise belongs to the run: no more counts than the row's own power makes. What
+    -- was told late counts with the last row of the run in which the counter stood still.
     numbered AS (
         SELECT r.*,
                count(*) FILTER (
-                   WHERE r.before IS NULL OR date_part('epoch', r.at - r.before) > r.reach
-               ) OVER (PARTITION BY r.device_id, r.channel ORDER BY r.at) AS number,
+                   WHERE (r.last_at + r.reach
+                          >= CASE WHEN r.late_since IS NULL THEN r.at ELSE r.following_at END
+                         ) IS NOT TRUE
+               ) OVER w AS number,
                CASE WHEN r.at >= since AND r.at < until - greatest(gap, row_length * 1.5)
                     THEN 1
                     ELSE greatest(0, date_part('epoch',
@@ -297,19 +471,23 @@ LANGUAGE sql STABLE AS $$
                              - greatest(r.at, since))
                          / greatest(r.seconds, 0.001))
                END AS share,
-               CASE WHEN r.loaded THEN r.apower_w ELSE r.rise * 3600 / r.seconds END AS mean_w
-        FROM running r
+               CASE WHEN r.near THEN r.rise
+                    ELSE least(r.rise, greatest(r.apower_w, 0) * r.seconds / 3600)
+               END
+               + coalesce(lead(CASE WHEN r.last_at >= r.late_since THEN r.rise END) OVER w, 0)
+                   AS total_wh,
+               CASE WHEN r.loaded THEN r.apower_w
+                    ELSE r.rise * 3600 / r.seconds
+               END AS mean_w
+        FROM told r
+        WINDOW w AS (PARTITION BY r.device_id, r.channel ORDER BY r.at)
     ),
-    -- One row per run. Where the next row is far, it is unknown how much of the counter's
-    -- rise belongs to the run: no more counts than the row's own power makes.
+    -- One row per run.
     runs AS (
         SELECT n.device_id, n.channel,
                min(n.at) AS begins,
                max(n.at) + row_length AS ends,
-               sum(n.share * CASE
-                   WHEN n.near THEN n.rise
-                   ELSE least(n.rise, greatest(n.apower_w, 0) * n.seconds / 3600)
-               END) AS energy_wh,
+               sum(n.share * n.total_wh) AS energy_wh,
                sum(n.share * n.seconds * n.mean_w) / nullif(sum(n.share * n.seconds), 0)
                    AS mean_w,
                sum(n.share * n.seconds * n.current_a) / nullif(sum(n.share * n.seconds), 0)
@@ -319,6 +497,7 @@ LANGUAGE sql STABLE AS $$
                percentile_cont(0.5) WITHIN GROUP (ORDER BY n.voltage_v)
                    FILTER (WHERE n.share > 0 AND n.voltage_v <> 0) AS median_v
         FROM numbered n
+        WHERE n.late_since IS NULL
         GROUP BY n.device_id, n.channel, n.number
         HAVING sum(n.share) > 0
     )
@@ -349,12 +528,23 @@ LANGUAGE sql STABLE AS $$
                lag(p.energy_total_wh) OVER w AS before_wh,
                p.energy_total_wh AS wh,
                lead(p.energy_total_wh) OVER w AS next_wh,
-               lag(p.energy_returned_wh) OVER w AS before_back_wh,
                p.energy_returned_wh AS back_wh,
                lead(p.energy_returned_wh) OVER w AS next_back_wh
         FROM power_logs p
         WHERE p.timestamp >= since AND p.timestamp < until + INTERVAL '1 day'
         WINDOW w AS (PARTITION BY p.device_id, p.channel ORDER BY p.timestamp)
+    ),
+    -- The rows in the window, each with the rise of both counters until the next one.
+    rises AS (
+        SELECT r.device_id, r.channel, r.at,
+               rise_to_next(r.device_id, r.channel, false, r.at,
+                            r.before_wh, r.wh, r.next_wh,
+                            date_part('epoch', r.next_at - r.at)) AS total_wh,
+               rise_to_next(r.device_id, r.channel, true, r.at,
+                            NULL, r.back_wh, r.next_back_wh,
+                            date_part('epoch', r.next_at - r.at)) AS returned_wh
+        FROM readings r
+        WHERE r.at < until
     ),
     -- One row per channel and quarter of an hour. In every zone a day begins with one, and a
     -- quarter is converted to the zone much faster than its rows.
@@ -362,18 +552,14 @@ LANGUAGE sql STABLE AS $$
         SELECT r.device_id, r.channel,
                date_bin('15 minutes', r.at, TIMESTAMPTZ 'epoch') AS quarter,
                count(*) AS rows,
-               sum(counter_rise(r.before_wh, r.wh, r.next_wh,
-                                date_part('epoch', r.next_at - r.at))) AS energy_wh,
-               sum(CASE WHEN r.back_wh IS NOT NULL THEN
-                   counter_rise(r.before_back_wh, r.back_wh, r.next_back_wh,
-                                date_part('epoch', r.next_at - r.at))
-               END) AS returned_wh
-        FROM readings r
-        WHERE r.at < until
+               sum(r.total_wh) AS total_wh,
+               sum(r.returned_wh) AS returned_wh
+        FROM rises r
         GROUP BY 1, 2, 3
     )
     SELECT q.device_id::text, q.channel::text, (q.quarter AT TIME ZONE zone)::date,
-           sum(q.energy_wh), sum(q.rows)::bigint, sum(q.returned_wh)
+           sum(q.total_wh),
+           sum(q.rows)::bigint, sum(q.returned_wh)
     FROM quarters q
     GROUP BY q.device_id, q.channel, (q.quarter AT TIME ZONE zone)::date
 $$;
@@ -411,7 +597,11 @@ LANGUAGE sql STABLE AS $$
            coalesce(sum(round(
                date_part('epoch', g.gap) / date_part('epoch', row_length))), 0)::bigint,
            coalesce(max(g.gap), INTERVAL '0'),
-           count(*) FILTER (WHERE g.next_wh < g.wh * 0.9)
+           count(*) FILTER (
+               WHERE g.next_wh < g.wh * 0.9
+                 -- Only a fall that leaves something may come back from a wrong reading.
+                 AND NOT (g.next_wh > 0 AND comes_back(
+                     g.device_id, g.channel, false, g.at, g.wh, g.next_wh)))
     FROM gaps g
     GROUP BY g.device_id, g.channel
 $$;
@@ -460,17 +650,20 @@ COMMENT ON FUNCTION power_cycles IS
     'its readings in magnitude, W; median_v: V, NULL if never reported. A row runs above '
     'min_power_w (either sign), or if the counter rises by more than that until the next '
     'one; rows up to gap apart (or 1.5 row_length) are one run; shorter than min_duration '
-    'is noise, unless ongoing; a row stands for row_length';
+    'is noise, unless ongoing; a row stands for row_length. What a counter tells late is '
+    'energy of the run in which it stood still';
 COMMENT ON FUNCTION energy_by_day IS
     'For each device_id, channel and local day of zone: energy_wh, what the counter rose '
-    'from each of its rows to the next, Wh (resets and lost digits are allowed for); rows: '
-    'how many it has; energy_returned_wh: the same of what was given back, NULL where a '
-    'device does not report it. A day without rows is absent';
+    'from each of its rows to the next, Wh (resets, lost digits, wrong readings and a '
+    'counter that is told late are allowed for); rows: how many it has; '
+    'energy_returned_wh: the same of what was given back, NULL where a device does not '
+    'report it. A day without rows is absent';
 COMMENT ON FUNCTION coverage IS
     'For each device_id and channel with rows in the window: first_row, last_row; rows; '
     'missing: how many rows of row_length are not there between the two; longest_gap; '
-    'resets of the counter. With min_power_w (rows are kept only while something runs) a '
-    'gap after a row at or below it is "off", not missing';
+    'resets of the counter, of which a fall back from one wrong reading upwards is none. '
+    'With min_power_w (rows are kept only while something runs) a gap after a row at or '
+    'below it is "off", not missing';
 COMMENT ON FUNCTION power_series IS
     'For charts: device_id, channel, bucket (its start, a round time of UTC), mean_w and '
     'max_w (mean and maximum of apower in it, W), rows in it. A bucket without rows is '
@@ -519,7 +712,8 @@ $$;
 
 -- The version of this file: raise it with each change. The collector applies the file to a
 -- database that holds a lower one. What older versions made and this one lacks stays there,
--- for an older collector beside this one: power_answer.
+-- for an older collector beside this one, and for renamed questions: power_answer and
+-- counter_rise.
 CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 5';
 
 COMMIT;

@@ -43,9 +43,11 @@ class Table:
         self.conn = conn
 
     def store(self, rows):
-        with self.conn.cursor().copy(f"COPY power_logs ({COLUMNS}) FROM STDIN") as copy:
+        """Rows of COLUMNS; what was given back may follow."""
+        columns = f"{COLUMNS}, energy_returned_wh"
+        with self.conn.cursor().copy(f"COPY power_logs ({columns}) FROM STDIN") as copy:
             for row in rows:
-                copy.write_row(row)
+                copy.write_row(row if len(row) == 8 else (*row, None))
 
     def put(
         self,
@@ -62,7 +64,7 @@ class Table:
         for n, power in enumerate(watts):
             watt = power[0] if isinstance(power, tuple) else power
             if watt is power:
-                others = ("volts", 230), ("amps", 1), ("counter", wh)
+                others = ("volts", 230), ("amps", 1), ("counter", wh), ("back", None)
                 values = [
                     given[name][n] if name in given else other for name, other in others
                 ]
@@ -381,6 +383,139 @@ def test_what_a_counter_that_falls_or_jumps_is_worth(table, counter, wh, resets)
     assert table.ask("coverage", "resets", **WIDE) == [(resets,)]
 
 
+def energy(table, **given):
+    """(Wh drawn, Wh given back) of each channel, where all rows are of one day."""
+    columns = "energy_wh, energy_returned_wh"
+    return table.ask("energy_by_day", columns, zone="UTC", **(WIDE | given))
+
+
+# ---- Counters that are told late, or wrong.
+
+
+@pytest.mark.parametrize(
+    ("watts", "counter", "wh"),
+    [([2000] * 62, [1000] * 60 + [3000, 3033], 2033),
+     ([1000] * 301, [1000] * 150 + [3417] * 150 + [5833], 4833),  # five hours, the counter in two frames
+     ([2000] * 60 + OFF * 6, [1000] * 63 + [3000] * 3, 2000),  # told when it was off
+     ([2000] * 62, [1000] * 60 + [5100, 5133], 4133),  # no more than twice, and 100 Wh
+     ([2000] * 62, [1000] * 60 + [5101, 5134], 33),
+     (OFF * 62, [1000] * 60 + [3000, 3000], 0),
+     ([120_000] * 4, [1000, 1000, 5000, 7000], 4000),  # a row of its own, and one that did not stand still
+     ([-2000] * 62, [1000] * 60 + [3000, 3033], 2033),
+     ([2000] * 62, [0] * 60 + [2000, 2033], 2033),  # a device that was never used before
+     ([2000] * 63, [1000, 0] + [0] * 59 + [2000, 2033], 33),  # a counter that comes back after an hour
+     # a device swapped for another, at noon or after a night
+     ([500] * 4, [1000, 1008, 500_000, 500_008], 16),
+     ([500] * 4, [500_000, 500_008, 2000, 2008], 16),
+     (OFF * 602, [1000] * 600 + [500_000, 500_000], 0),
+     (OFF * 602, [500_000] * 600 + [2000, 2000], 0),
+     ([3] * 602, [1000] * 600 + [2700, 2700], 0),
+     ([3] * 602, [1000] * 600 + [900, 900], 0),
+     # what was right stays
+     ([2000] * 5, [1000] * 3 + [20, 53], 53),  # set to 0
+     ([2000] * 5, [3_000_000, 3_000_000, 0, 3_000_067, 3_000_100], 33),  # 0 for a minute
+     ([20] * 6, [1000, 0, 0, 0, 1001, 1002], 1),  # or for some
+     ([20] * 6, [1000, 0, 0, 0, 21, 22], 22),
+     ([2000] * 64, [1000] * 60 + [950] * 2 + [983, 1017], 67)],  # digits lost
+)  # fmt: skip
+def test_a_counter_that_is_told_late_is_a_counter(table, watts, counter, wh):
+    table.put(watts, "total", channel="em:0:a", counter=counter)
+    table.put(watts, "z", channel="em:0:a", counter=[5] * len(watts), back=counter)
+    assert energy(table) == near([(wh, None), (0, wh)])
+
+
+@pytest.mark.parametrize(
+    ("counter", "wh", "resets"),
+    [([1000, 1010, 999_999, 1030, 1040], 20, 0),
+     ([1000, 1010, 999_999, 999_999, 1030, 1040], 20, 0),
+     ([1000, 1010, 999_999, 1005, 1015], 20, 0),  # with its last digits lost
+     ([1000, 1010, 999_999, 50, 60], 70, 1),  # a reset
+     ([0, 0, 999_999, 20, 30], 30, 1),  # 0 is no value that it could come back to
+     ([1000, 1010, 2600, 1030, 1040], 2640, 1)],  # 95 kW are believed
+)  # fmt: skip
+def test_one_wrong_reading_upwards_adds_nothing(table, counter, wh, resets):
+    table.put([0] * len(counter), counter=counter)
+    table.put([0] * len(counter), "z", counter=[5] * len(counter), back=counter)
+    assert energy(table)[0][0] == wh
+    assert energy(table)[1][1] == wh
+    assert table.ask("coverage", "resets", **WIDE) == [(resets,), (0,)]
+
+
+@pytest.mark.parametrize(
+    ("counter", "wh"),
+    [([1000] * 60 + [3000, 3033], 2033), ([1000, 1010, 999_999, 1030, 1040], 20), ([1000, 0, 0, 0, 1001, 1002], 1)],
+)  # fmt: skip
+def test_the_rises_after_since_do_not_depend_on_it(table, counter, wh):
+    table.put([2000] * len(counter), channel="em:0:a", counter=counter)
+    for n in range(len(counter)):
+        middle = NOON + minutes(n)
+        earlier = sum(wh for wh, _ in energy(table, until=middle))
+        later = sum(wh for wh, _ in energy(table, since=middle))
+        assert earlier + later == pytest.approx(wh)
+
+
+@pytest.mark.parametrize(("hours", "wh"), [(1, 0), (24, 0), (25, 999)])
+def test_no_rise_depends_on_a_row_more_than_a_day_back(table, hours, wh):
+    """Whether the 0 was a reset is told by a row so many hours before the last 0."""
+    counter = [1000] + [0] * hours + [999]
+    start = NOON - hours * HOUR
+    table.put(OFF * len(counter), every=3600, start=start, counter=counter)
+    found = table.ask(
+        "energy_by_day", "energy_wh", zone="UTC", **WIDE | {"since": start}
+    )
+    assert sum(wh for (wh,) in found) == wh
+
+
+def test_two_rows_of_one_moment_are_no_division_by_zero(table):
+    table.conn.execute("DROP INDEX power_logs_one_row_per_interval")
+    for counter in ([0, 1000, 999_999, 0, 1030], [1000, 1001, 0, 1010, 1040]):
+        table.put([2000] * 5, counter=counter, back=counter)
+    ((drawn, back),) = energy(table)
+    assert drawn >= 0 and back >= 0
+    assert table.runs() != []
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf"), -5.0])
+def test_a_counter_that_is_no_number_adds_nothing(table, wrong):
+    counter = [1000, 1010, wrong, 1030, 1040]
+    table.put([600] * 5, "em", "em:0:a", counter=counter)
+    table.put([600] * 5, "z", "em:0:a", counter=[5] * 5, back=counter)
+    assert energy(table) == [(20, None), (0, 20)]
+
+
+# ---- Runs, where the counter is told late: the power is that of the rows.
+
+
+PUMP = [2000] * 60
+
+
+@pytest.mark.parametrize(
+    ("watts", "counter", "expected"),
+    [(PUMP + [0] * 4, [1000] * 62 + [3000, 3000], [(0, 60, 2000, 2000, 2000)]),
+     (PUMP + [0] * 4, [1000] * 62 + [2500, 2500], [(0, 60, 1500, 2000, 2000)]),  # 90 kW, which would be believed
+     (PUMP + [0] * 40, [1000] * 90 + [3000] * 10, [(0, 60, 2000, 2000, 2000)]),  # half an hour later
+     (PUMP + [3000] * 2 + [0], [1000] * 61 + [3000, 3050], [(0, 62, 2050, 2032.258, 3000)]),
+     # the next run is another one, though the row that tells it lies between
+     (PUMP + [0] * 3 + PUMP, [1000] * 62 + [3000] + [3000 + n * 33 for n in range(60)], [(0, 60, 2000, 2000, 2000), (63, 123, 1980.333, 2000, 2000)]),
+     # what stood still before is not of the run
+     ([6] * 1000 + OFF, [1000] * 999 + [1095, 1095], []),
+     (PUMP + [6] * 1000 + OFF, [1000 + 33 * n for n in range(60)] + [3000] * 999 + [3095] * 2, [(0, 60, 2000, 2000, 2000)]),
+     ([9, 0, 0], [1000, 1000.2, 1000.2], [])],  # a row of its own runs by its counter, but a minute is noise
+)  # fmt: skip
+def test_energy_that_is_told_late_is_of_the_run_and_no_power(
+    table, watts, counter, expected
+):
+    table.put(watts, counter=[*counter, *[counter[-1]] * (len(watts) - len(counter))])
+    assert table.runs("mean_w", "max_w") == [
+        tuple(pytest.approx(number, abs=0.001) for number in run) for run in expected
+    ]
+
+
+def test_a_single_row_below_the_floor_still_runs_by_its_counter(table):
+    table.put([9, 9, 9, 0], counter=[1000, 1000.2, 1000.4, 1000.4])
+    assert table.runs("mean_w") == near([(0, 2, 0.4, 12)])
+
+
 @pytest.mark.parametrize(
     ("first", "hours"), [(date(2026, 3, 28), (24, 23, 24)), (date(2026, 10, 24), (24, 25, 24)), (date(2026, 7, 1), (24, 24, 24))]
 )  # fmt: skip
@@ -532,119 +667,244 @@ def test_channels_are_shown_with_the_names_of_them_and_of_their_device(table):
     assert table.ask("newest_rows") == [row[:-1] for row in found]
 
 
-# The same questions, answered by plain Python over random tables. Times are minutes, a row is (minute, W, Wh).
+# The same questions, answered by plain Python over random tables. Times are minutes, a row is
+# (minute, W, Wh of the total counter, Wh of the returned one or None); a counter is its index.
+TOTAL, RETURNED = 2, 3
+A_DAY = 1440
 
 
-def rise(before, row, later):
-    if before and row[2] == 0 < before[2] and later[2] >= 0.9 * before[2]:
+def before(rows, n, counter):
+    """The number of the newest row before row n, of the last day, in which the counter was another; None if there is none."""
+    for m in range(n - 1, -1, -1):
+        if rows[n][0] - rows[m][0] > A_DAY:
+            return None
+        if rows[m][counter] not in (None, rows[n][counter]):
+            return m
+    return None
+
+
+def stretch(rows, n, counter):
+    """The rows up to n over which the counter stood still."""
+    first = before(rows, n, counter)
+    since = rows[n][0] - A_DAY if first is None else rows[first][0]
+    return [
+        row
+        for row in rows[: n + 1]
+        if row[0] > since and row[counter] == rows[n][counter]
+    ]
+
+
+def own_wh(still, later):
+    """What the power of these rows makes until `later`."""
+    ends = [*(row[0] for row in still[1:]), later[0]]
+    return sum(
+        abs(row[1]) * (end - row[0]) / 60 for row, end in zip(still, ends, strict=True)
+    )
+
+
+def most_wh(start, end):
+    return 100_000 * (end[0] - start[0]) / 60
+
+
+def comes_back(rows, n, later, counter):
+    """Whether row n is one wrong reading upwards."""
+    m = before(rows, n, counter)
+    if m is None or rows[m][counter] <= 0:
+        return False
+    risen = rows[n][counter] - rows[m][counter]
+    first = stretch(rows, n, counter)[0]
+    is_wrong = risen > most_wh(rows[m], first)
+    return is_wrong and later[counter] >= 0.9 * rows[m][counter]
+
+
+def rise(rows, n, counter=TOTAL):
+    """By how much the counter rose from row n to the next."""
+    row, later = rows[n], rows[n + 1] if n + 1 < len(rows) else None
+    if later is None or later[counter] is None:
+        return None if row[counter] is None else 0
+    value, following, most = row[counter], later[counter], most_wh(row, later)
+    m = before(rows, n, counter)
+    if value is None:
+        if m is None:
+            return None
+        risen = following - rows[m][counter]
+        return risen if 0 <= risen <= most_wh(rows[m], later) else 0
+    if value == 0 and m is not None and 0 < rows[m][counter] <= following / 0.9:
         return 0  # not reported, and back
-    risen = later[2] if later[2] < 0.9 * row[2] else later[2] - row[2]
-    return risen if 0 < risen <= 100_000 * (later[0] - row[0]) / 60 else 0
-
-
-def expected_runs(rows, since, until, gap, min_duration, floor, length, far=False):
-    reach, running, found = max(gap, 1.5 * length), [], []
-    for before, row, later in zip([None, *rows], rows, [*rows[1:], None], strict=False):
-        (at, watt, _), span, most = row, length, max(row[1], 0) * length / 60
-        if later and far and later[0] - at > reach and later[0] >= until:
-            later = None  # as for one who does not look that far beyond the window
-        before = before if before and before[0] > since - min_duration - reach else None
-        energy = rise(before, row, later) if later else most
-        if later and later[0] - at <= reach:
-            span = later[0] - at  # the row stands for all the time until the next one
-        else:
-            energy = min(energy, most)
-        if abs(watt) > floor or energy > floor * span / 60:
-            share = max(0, min(at + span, until) - max(at, since)) / span
-            running.append(
-                (
-                    at,
-                    watt,
-                    share * energy,
-                    share * span,
-                    watt if abs(watt) > floor else energy * 60 / span,
-                )
-            )
-    while running:
-        count = next(
-            (
-                n
-                for n in range(1, len(running))
-                if running[n][0] - running[n - 1][0] > reach
-            ),
-            len(running),
+    if following >= value:
+        still = stretch(rows, n, counter)
+        was_late = (
+            len(still) >= 2 and following - value <= 2 * own_wh(still, later) + 100
         )
-        run, running = running[:count], running[count:]
-        began, ended = run[0][0], run[-1][0] + length
-        energy, times = sum(row[2] for row in run), sum(row[3] for row in run)
-        if times and ended > since and ended - began >= min_duration:
-            mean = sum(row[3] * row[4] for row in run) / times
-            highest = max((row[4] for row in run if row[3]), key=abs)
-            complete = since < began and ended < until
-            found.append(
-                (max(began, since), min(ended, until), complete, energy, mean, highest)
-            )
+        return following - value if following - value <= most or was_late else 0
+    if (
+        following >= 0.9 * value
+        or following > most
+        or comes_back(rows, n, later, counter)
+    ):
+        return 0
+    return following
+
+
+def late_since(rows, n):
+    """Since when the total had stood still, if the power of its rows explains the rise after row n."""
+    still = stretch(rows, n, TOTAL)
+    if len(still) >= 2 and rise(rows, n) <= 2 * own_wh(still, rows[n + 1]):
+        return still[0][0]
+    return None
+
+
+def add_known(numbers):
+    known = [number for number in numbers if number is not None]
+    return sum(known) if known else None
+
+
+def expected_runs(channel, rows, since, until, gap, min_duration, floor, length):
+    reach = max(gap, 1.5 * length)
+    # So far beyond the window rows are looked at.
+    rows = [row for row in rows if row[0] < until + min_duration + 2 * reach]
+    running = []
+    for n, row in enumerate(rows):
+        at, watt = row[:2]
+        near = n + 1 < len(rows) and rows[n + 1][0] - at <= reach
+        # A row whose next one is near stands for all the time until then.
+        span = rows[n + 1][0] - at if near else length
+        total, back = max(watt, 0) * length / 60, None
+        if near:
+            total, back = rise(rows, n), rise(rows, n, RETURNED)
+        elif n + 1 < len(rows):
+            total = min(total, rise(rows, n))
+        loaded = abs(watt) > floor
+        late = None
+        if not loaded:
+            if not near or total <= floor * span / 60:
+                continue
+            # Of a row that was too long ago, only the power of this one is asked.
+            read = [one for one in running if one["at"] > since - min_duration - reach]
+            stood = not read or read[-1]["wh"] == row[TOTAL]
+            idle = all(abs(one[1]) <= floor for one in stretch(rows, n, TOTAL))
+            if stood or (watt != 0 and idle):
+                late = late_since(rows, n)
+            if late is not None and watt != 0 and idle:
+                continue
+        share = max(0, min(at + span, until) - max(at, since)) / span
+        mean = watt if loaded else total * 60 / span
+        running.append({"at": at, "wh": row[TOTAL], "share": share, "span": span,
+            "total": total, "back": back, "mean": mean, "late": late})  # fmt: skip
+    # What was told late is energy of the run whose last row stood still, too.
+    for one, late in itertools.pairwise(running):
+        if late["late"] is not None and late["late"] <= one["at"]:
+            one["total"] += late["total"]
+    running = [row for row in running if row["late"] is None]
+    return list(
+        finished_runs(channel, running, since, until, reach, min_duration, length)
+    )
+
+
+def finished_runs(channel, running, since, until, reach, min_duration, length):
+    runs = []
+    for row in running:
+        if not runs or row["at"] - runs[-1][-1]["at"] > reach:
+            runs.append([])
+        runs[-1].append(row)
+    for run in runs:
+        began, ended = run[0]["at"], run[-1]["at"] + length
+        times = sum(row["share"] * row["span"] for row in run)
+        if not times or ended <= since or ended - began < min_duration:
+            continue
+        totals = [row["share"] * row["total"] for row in run]
+        energy = sum(totals)
+        mean = sum(row["share"] * row["span"] * row["mean"] for row in run) / times
+        highest = max((row["mean"] for row in run if row["share"]), key=abs)
+        complete = since < began and ended < until
+        yield max(began, since), min(ended, until), complete, energy, mean, highest
+
+
+def expected_days(channel, rows, since, until, zone):
+    days = {}
+    # So far beyond the window rows are looked at.
+    rows = [row for row in rows if row[0] < until + A_DAY]
+    for n, row in enumerate(rows):
+        if since <= row[0] < until:
+            day = (NOON + minutes(row[0])).astimezone(ZoneInfo(zone)).date()
+            days.setdefault(day, []).append((rise(rows, n), rise(rows, n, RETURNED)))
+    found = []
+    for day, rises in days.items():
+        totals, back = [total for total, _ in rises], add_known(b for _, b in rises)
+        energy = sum(totals)
+        found.append((day, energy, len(rises), back))
     return found
 
 
-def expected_days(rows, since, until, zone):
-    days = {}
-    for before, row, later in zip([None, *rows], rows, [*rows[1:], None], strict=False):
-        if since <= row[0] < until:
-            before = before if before and before[0] >= since else None
-            day = (NOON + minutes(row[0])).astimezone(ZoneInfo(zone)).date()
-            wh, count = days.get(day, (0, 0))
-            days[day] = (wh + (rise(before, row, later) if later else 0), count + 1)
-    return [(day, *numbers) for day, numbers in days.items()]
-
-
 def expected_coverage(rows, since, until, floor, length):
-    rows = [row for row in rows if since <= row[0] < until]
-    pairs = list(itertools.pairwise(rows))
+    inside = [row for row in rows if since <= row[0] < until]
+    pairs = list(itertools.pairwise(inside))
     gaps = [
         b[0] - a[0] - length for a, b in pairs if floor is None or abs(a[1]) > floor
     ]
-    resets = sum(b[2] < 0.9 * a[2] for a, b in pairs)
+    resets = 0
+    for n, row in enumerate(rows[:-1]):
+        falls = rows[n + 1][TOTAL] < 0.9 * row[TOTAL]
+        if row in inside and rows[n + 1] in inside and falls:
+            resets += not comes_back(rows, n, rows[n + 1], TOTAL)
     return (
         [
             (
-                rows[0][0],
-                rows[-1][0],
-                len(rows),
+                inside[0][0],
+                inside[-1][0],
+                len(inside),
                 sum(gaps) / length,
                 max(gaps, default=0),
                 resets,
             )
         ]
-        if rows
+        if inside
         else []
     )
 
 
-def random_rows(chance, length):
+def random_rows(chance, length, solar, late):
     """From 22 h UTC on, over the midnights of Paris and of UTC."""
-    rows, wh, watts, there = [], chance.uniform(1000, 2_000_000), 0, True
+    wh, back, watts, there = chance.uniform(1000, 2_000_000), 500.0, 0, True
+    rows, told = [], [wh, back]
     kept = chance.choice([0.95, 0.95, 0.5])
     for n in range(chance.randrange(20, 200)):
         if chance.random() < 0.2:
             watts, there = (
-                chance.choice([0, 0, 3, 50, 1200, 2000, -500]),
+                chance.choice([0, 0, 3, 50, 1200, 2000, -500, 40_000]),
                 chance.random() < 0.7,
             )
         if chance.random() < 0.03:
             wh = chance.choice([0, wh * 0.999, wh + 30])
+        for counter, value in enumerate((wh, back)):
+            if chance.random() > late:
+                told[counter] = value
         if there and chance.random() < kept:
-            rows.append((600 + n * length, watts, 0 if chance.random() < 0.02 else wh))
-        wh += max(watts, 0) * length / 60 * chance.uniform(0.9, 1.1)
+            total, returned = told
+            if chance.random() < 0.04:
+                total = chance.choice([0, total + 1_000_000, total * 3])
+            if not solar or chance.random() < 0.1:
+                returned = None
+            rows.append((600 + n * length, watts, total, returned))
+        both = abs(watts) if solar == "both" else max(watts, 0)
+        wh += both * length / 60 * chance.uniform(0.9, 1.1)
+        back += max(-watts, 0) * length / 60 * chance.uniform(0.9, 1.1)
     return rows
 
 
 @pytest.mark.parametrize(("seed", "length"), [(1, 1), (2, 1), (3, 5), (4, 5)])
 def test_random_tables_are_answered_as_plain_python_does(table, seed, length):
     chance = random.Random(seed)
-    tables = {f"{n:02}": random_rows(chance, length) for n in range(60)}
-    table.store((NOON + minutes(row[0]), device, "switch:0", row[1], 230, 1, row[2])
-        for device, rows in tables.items() for row in rows)  # fmt: skip
+    tables = {}
+    for n in range(90):
+        channel = ("switch:0", "switch:0", "em:0:a")[n % 3]
+        solar, late = (
+            chance.choice([None, "both", "apart"]),
+            chance.choice([0, 0.5, 0.95]),
+        )
+        tables[f"{n:02}"] = channel, random_rows(chance, length, solar, late)
+    table.store((NOON + minutes(row[0]), device, channel, row[1], 230, 1, *row[2:])
+        for device, (channel, rows) in tables.items() for row in rows)  # fmt: skip
 
     def asked(question, columns, **given):
         """The answer by device, times as minutes."""
@@ -679,19 +939,20 @@ def test_random_tables_are_answered_as_plain_python_does(table, seed, length):
         }
         columns = "started_at, ended_at, complete, energy_wh, mean_w, max_w"
         runs = asked("power_cycles", columns, min_power_w=floor, **times, **window)
-        days = asked("energy_by_day", "day, energy_wh, rows", zone=zone, **window)
+        columns = "day, energy_wh, rows, energy_returned_wh"
+        days = asked("energy_by_day", columns, zone=zone, **window)
         columns = "first_row, last_row, rows, missing, extract(epoch FROM longest_gap) / 60, resets"
         missing = asked(
             "coverage", columns, row_length=minutes(length), min_power_w=off, **window
         )
-        for device, rows in tables.items():
-            case = seed, device, since, until, gap, least, floor, rows
-            either = [
-                expected_runs(rows, since, until, gap, least, floor, length, far)
-                for far in (False, True)
-            ]
-            assert runs[device] in (near(either[0]), near(either[1])), (case, either)
-            assert days[device] == near(expected_days(rows, since, until, zone)), case
+        for device, (channel, rows) in tables.items():
+            case = seed, device, channel, since, until, gap, least, floor, rows
+            expected = expected_runs(
+                channel, rows, since, until, gap, least, floor, length
+            )
+            assert runs[device] == near(expected), case
+            expected = expected_days(channel, rows, since, until, zone)
+            assert days[device] == near(expected), case
             assert missing[device] == expected_coverage(
                 rows, since, until, off, length
             ), case
