@@ -83,7 +83,8 @@ BEGIN
         COMMENT ON COLUMN power_logs.current_a IS
             'current, A; 0 also where the device never reported it';
         COMMENT ON COLUMN power_logs.energy_total_wh IS
-            'aenergy.total: the device''s own counter, Wh; it falls when it is reset';
+            'aenergy.total: the device''s own counter, Wh; it falls when it is reset. That '
+            'of a switch or pm1 counts what is given back, too';
         COMMENT ON COLUMN power_logs.created_at IS
             'When the row was written: later than timestamp by an outage''s length';
     END IF;
@@ -365,6 +366,35 @@ RETURNS FLOAT LANGUAGE sql STABLE AS $$
     END
 $$;
 
+-- What a channel drew in a day or a run, from the rises of its counters. The total of a switch
+-- or a pm1 counts both directions. If it rose by less than what was given back, the device
+-- counts otherwise, and nothing is subtracted; but it may only be told later than the other
+-- counter, and then lags behind by about one of its own steps, of which `largest_wh` is the
+-- largest.
+CREATE OR REPLACE FUNCTION drawn_wh(
+    component TEXT, total_wh FLOAT, returned_wh FLOAT, largest_wh FLOAT)
+RETURNS FLOAT LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE
+        WHEN returned_wh IS NULL OR component !~ '^(switch|pm1):'
+            THEN total_wh
+        WHEN returned_wh - total_wh > largest_wh + 1
+            THEN total_wh
+        ELSE greatest(total_wh - returned_wh, 0)
+    END
+$$;
+
+-- What flowed in until the next row, less what flowed out, from the rises of both counters.
+CREATE OR REPLACE FUNCTION flow_wh(component TEXT, total_wh FLOAT, returned_wh FLOAT)
+RETURNS FLOAT LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE
+        WHEN returned_wh IS NULL
+            THEN total_wh
+        WHEN component ~ '^(switch|pm1):'
+            THEN greatest(total_wh - 2 * returned_wh, -returned_wh)
+        ELSE total_wh - returned_wh
+    END
+$$;
+
 -- If the rise of a total was told late, so that the power of the rows before explains it: the
 -- first of the rows over which the counter stood still, or infinity if none of them ran. NULL
 -- otherwise.
@@ -397,9 +427,10 @@ LANGUAGE sql STABLE AS $$
     readings AS (
         SELECT p.device_id, p.channel, p.timestamp AS at,
                p.apower_w, p.voltage_v, p.current_a,
-               p.energy_total_wh AS wh,
+               p.energy_total_wh AS wh, p.energy_returned_wh AS back_wh,
                lead(p.timestamp) OVER w AS next_at,
                lead(p.energy_total_wh) OVER w AS next_wh,
+               lead(p.energy_returned_wh) OVER w AS next_back_wh,
                greatest(gap, row_length * 1.5) AS reach
         FROM power_logs p
         WHERE p.timestamp > since - (min_duration + greatest(gap, row_length * 1.5))
@@ -445,6 +476,10 @@ LANGUAGE sql STABLE AS $$
         SELECT r.*,
                CASE WHEN r.near THEN r.distance ELSE date_part('epoch', row_length) END
                    AS seconds,
+               CASE WHEN r.near
+                    THEN rise_to_next(r.device_id, r.channel, true, r.at,
+                                      NULL, r.back_wh, r.next_back_wh, r.distance)
+               END AS back_rise,
                CASE WHEN NOT r.loaded AND (r.last_wh <> r.wh) IS NOT TRUE
                     THEN told_late_since(r.device_id, r.channel, r.at, r.wh, r.distance,
                                          r.rise, min_power_w)
@@ -477,7 +512,7 @@ LANGUAGE sql STABLE AS $$
                + coalesce(lead(CASE WHEN r.last_at >= r.late_since THEN r.rise END) OVER w, 0)
                    AS total_wh,
                CASE WHEN r.loaded THEN r.apower_w
-                    ELSE r.rise * 3600 / r.seconds
+                    ELSE flow_wh(r.channel, r.rise, r.back_rise) * 3600 / r.seconds
                END AS mean_w
         FROM told r
         WINDOW w AS (PARTITION BY r.device_id, r.channel ORDER BY r.at)
@@ -487,7 +522,8 @@ LANGUAGE sql STABLE AS $$
         SELECT n.device_id, n.channel,
                min(n.at) AS begins,
                max(n.at) + row_length AS ends,
-               sum(n.share * n.total_wh) AS energy_wh,
+               drawn_wh(n.channel, sum(n.share * n.total_wh), sum(n.share * n.back_rise),
+                        max(n.share * n.total_wh)) AS energy_wh,
                sum(n.share * n.seconds * n.mean_w) / nullif(sum(n.share * n.seconds), 0)
                    AS mean_w,
                sum(n.share * n.seconds * n.current_a) / nullif(sum(n.share * n.seconds), 0)
@@ -553,12 +589,13 @@ LANGUAGE sql STABLE AS $$
                date_bin('15 minutes', r.at, TIMESTAMPTZ 'epoch') AS quarter,
                count(*) AS rows,
                sum(r.total_wh) AS total_wh,
+               max(r.total_wh) AS largest_wh,
                sum(r.returned_wh) AS returned_wh
         FROM rises r
         GROUP BY 1, 2, 3
     )
     SELECT q.device_id::text, q.channel::text, (q.quarter AT TIME ZONE zone)::date,
-           sum(q.total_wh),
+           drawn_wh(q.channel, sum(q.total_wh), sum(q.returned_wh), max(q.largest_wh)),
            sum(q.rows)::bigint, sum(q.returned_wh)
     FROM quarters q
     GROUP BY q.device_id, q.channel, (q.quarter AT TIME ZONE zone)::date
@@ -645,19 +682,19 @@ $$;
 COMMENT ON FUNCTION power_cycles IS
     'Runs of each device_id and channel that touch the window: started_at, ended_at (end of '
     'the last row that runs), clipped at the window; ongoing: its end is within gap of now; '
-    'complete: it touches no edge of the window; energy_wh: by the counter, Wh; mean_w and '
-    'mean_a: mean apower (W) and current (A) while it runs, by time; max_w: the largest of '
-    'its readings in magnitude, W; median_v: V, NULL if never reported. A row runs above '
-    'min_power_w (either sign), or if the counter rises by more than that until the next '
-    'one; rows up to gap apart (or 1.5 row_length) are one run; shorter than min_duration '
-    'is noise, unless ongoing; a row stands for row_length. What a counter tells late is '
-    'energy of the run in which it stood still';
+    'complete: it touches no edge of the window; energy_wh: what was drawn, by the counter, '
+    'Wh; mean_w and mean_a: mean apower (W) and current (A) while it runs, by time; max_w: '
+    'the largest of its readings in magnitude, W; median_v: V, NULL if never reported. A '
+    'row runs above min_power_w (either sign), or if the counter rises by more than that '
+    'until the next one; rows up to gap apart (or 1.5 row_length) are one run; shorter than '
+    'min_duration is noise, unless ongoing; a row stands for row_length. What a counter '
+    'tells late is energy of the run in which it stood still';
 COMMENT ON FUNCTION energy_by_day IS
-    'For each device_id, channel and local day of zone: energy_wh, what the counter rose '
-    'from each of its rows to the next, Wh (resets, lost digits, wrong readings and a '
-    'counter that is told late are allowed for); rows: how many it has; '
-    'energy_returned_wh: the same of what was given back, NULL where a device does not '
-    'report it. A day without rows is absent';
+    'For each device_id, channel and local day of zone: energy_wh, what was drawn: what the '
+    'counter rose from each of its rows to the next, Wh (resets, lost digits, wrong '
+    'readings and a counter that is told late are allowed for), of a switch or pm1 less '
+    'what was given back; rows: how many it has; energy_returned_wh: what was given back, '
+    'NULL where a device does not report it. A day without rows is absent';
 COMMENT ON FUNCTION coverage IS
     'For each device_id and channel with rows in the window: first_row, last_row; rows; '
     'missing: how many rows of row_length are not there between the two; longest_gap; '

@@ -516,6 +516,87 @@ def test_a_single_row_below_the_floor_still_runs_by_its_counter(table):
     assert table.runs("mean_w") == near([(0, 2, 0.4, 12)])
 
 
+# ---- Solar: the total of a switch or a pm1 counts both directions.
+
+
+HOUR_BACK = [-600] * 60 + OFF
+BOTH_RISE = [1000 + 10 * n for n in range(61)]
+STANDS = [1000] * 61
+BACK = [50 + 10 * n for n in range(61)]
+
+
+@pytest.mark.parametrize(
+    ("channel", "counter", "back", "wh", "back_wh"),
+    [("switch:0", BOTH_RISE, BACK, 0, 600),
+     ("pm1:0", BOTH_RISE, BACK, 0, 600),
+     ("switch:12", BOTH_RISE, BACK, 0, 600),
+     ("em:0:a", BOTH_RISE, BACK, 600, 600),
+     ("em1:0", BOTH_RISE, BACK, 600, 600),
+     ("em1:0", STANDS, BACK, 0, 600),
+     ("cover:0", BOTH_RISE, [None] * 61, 600, None),
+     ("switch:0", BOTH_RISE, [None] * 61, 600, None),  # it does not report it
+     ("switch:0", BOTH_RISE, [7] * 61, 600, 0),
+     ("switch:0", [1000 + 20 * n for n in range(61)], BACK, 600, 600),  # both directions in one hour
+     # the total comes every half hour, or is late at the end
+     ("switch:0", [1000] * 30 + [1300] * 30 + [1600], BACK, 0, 600),
+     ("switch:0", [1000] * 30 + [1300] * 31, BACK, 0, 600),
+     ("switch:0", [1000] * 31 + [1300] * 30, BACK[:-1] + BACK[-2:-1], 0, 590),
+     # what was given back comes late
+     ("switch:0", BOTH_RISE, [50] * 30 + [350] * 30 + [650], 0, 600),
+     # a device that counts otherwise
+     ("switch:0", [1000 + n for n in range(61)], BACK, 60, 600),
+     ("switch:0", STANDS, BACK, 0, 600),
+     # what is given back is not reported now and then
+     ("switch:0", BOTH_RISE, [None if 5 <= n < 9 else 50 + 10 * n for n in range(61)], 0, 600),
+     ("switch:0", BOTH_RISE, [None if n % 2 else 50 + 10 * n for n in range(61)], 0, 600),
+     ("switch:0", BOTH_RISE, [None] * 20 + BACK[20:], 200, 400)],
+)  # fmt: skip
+def test_what_was_given_back_is_not_drawn(table, channel, counter, back, wh, back_wh):
+    table.put(HOUR_BACK, channel=channel, counter=counter, back=back)
+    assert energy(table) == near([(wh, back_wh)])
+    assert table.runs("mean_w", "max_w") == near([(0, 60, wh, -600, -600)])
+
+
+def test_the_difference_keeps_its_sign_until_the_day_is_finished(table):
+    """The total of an hour comes in the next hour, in which as much is drawn."""
+    watts = [-600] * 60 + [600] * 60 + OFF
+    counter = [1000] * 60 + [1600 + 10 * n for n in range(61)]
+    back = [10 * n for n in range(60)] + [600] * 61
+    table.put(watts, counter=counter, back=back)
+    assert energy(table) == near([(600, 600)])
+    assert table.runs() == near([(0, 120, 600)])
+
+
+def test_what_was_given_back_is_of_the_day_on_which_it_was(table):
+    table.put([-600] * 120 + OFF, start=NOON + 11 * HOUR,
+        counter=[10 * n for n in range(121)], back=[10 * n for n in range(121)])  # fmt: skip
+    columns = "day, energy_wh, energy_returned_wh"
+    assert table.ask("energy_by_day", columns, zone="UTC", **WIDE) == near([
+        (date(2026, 11, 3), 0, 600), (date(2026, 11, 4), 0, 600)])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("channel", "counter", "back", "mean"),
+    [("switch:0", [0, 10, 20, 20], [0, 10, 20, 20], -600),
+     ("switch:0", [0, 10, 20, 20], [0, 0, 0, 0], 600),
+     ("switch:0", [0, 10, 20, 20], [None] * 4, 600),
+     ("switch:0", [0, 1, 2, 2], [0, 10, 20, 20], -600),  # it counts otherwise, or comes late
+     ("em:0:a", [0, 2, 4, 4], [0, 10, 20, 20], -480)],
+)  # fmt: skip
+def test_what_runs_by_its_counter_alone_has_the_sign_of_the_flow(
+    table, channel, counter, back, mean
+):
+    table.put(OFF * 4, channel=channel, counter=counter, back=back)
+    assert table.runs("mean_w", "max_w")[0][3:] == (mean, mean)
+
+
+@pytest.mark.parametrize("until", [30, 45.5])
+def test_a_clipped_run_of_solar_draws_nothing(table, until):
+    table.put(HOUR_BACK, counter=BOTH_RISE, back=BACK)
+    window = {"since": NOON + minutes(10.5), "until": NOON + minutes(until)}
+    assert table.runs("mean_w", **window) == near([(10.5, until, 0, -600)])
+
+
 @pytest.mark.parametrize(
     ("first", "hours"), [(date(2026, 3, 28), (24, 23, 24)), (date(2026, 10, 24), (24, 25, 24)), (date(2026, 7, 1), (24, 24, 24))]
 )  # fmt: skip
@@ -754,6 +835,13 @@ def late_since(rows, n):
     return None
 
 
+def drawn(channel, total, back, largest):
+    """From the sum of the total's rises, those of the returned counter (None: unknown), and the largest of the first."""
+    if back is None or not channel.startswith(("switch:", "pm1:")):
+        return total
+    return total if back - total > largest + 1 else max(total - back, 0)
+
+
 def add_known(numbers):
     known = [number for number in numbers if number is not None]
     return sum(known) if known else None
@@ -788,7 +876,7 @@ def expected_runs(channel, rows, since, until, gap, min_duration, floor, length)
             if late is not None and watt != 0 and idle:
                 continue
         share = max(0, min(at + span, until) - max(at, since)) / span
-        mean = watt if loaded else total * 60 / span
+        mean = watt if loaded else flow(channel, total, back) * 60 / span
         running.append({"at": at, "wh": row[TOTAL], "share": share, "span": span,
             "total": total, "back": back, "mean": mean, "late": late})  # fmt: skip
     # What was told late is energy of the run whose last row stood still, too.
@@ -799,6 +887,12 @@ def expected_runs(channel, rows, since, until, gap, min_duration, floor, length)
     return list(
         finished_runs(channel, running, since, until, reach, min_duration, length)
     )
+
+
+def flow(channel, total, back):
+    if back is None:
+        return total
+    return max(total - 2 * back, -back) if channel == "switch:0" else total - back
 
 
 def finished_runs(channel, running, since, until, reach, min_duration, length):
@@ -813,7 +907,10 @@ def finished_runs(channel, running, since, until, reach, min_duration, length):
         if not times or ended <= since or ended - began < min_duration:
             continue
         totals = [row["share"] * row["total"] for row in run]
-        energy = sum(totals)
+        back = add_known(
+            None if row["back"] is None else row["share"] * row["back"] for row in run
+        )
+        energy = drawn(channel, sum(totals), back, max(totals))
         mean = sum(row["share"] * row["span"] * row["mean"] for row in run) / times
         highest = max((row["mean"] for row in run if row["share"]), key=abs)
         complete = since < began and ended < until
@@ -831,7 +928,7 @@ def expected_days(channel, rows, since, until, zone):
     found = []
     for day, rises in days.items():
         totals, back = [total for total, _ in rises], add_known(b for _, b in rises)
-        energy = sum(totals)
+        energy = drawn(channel, sum(totals), back, max(totals))
         found.append((day, energy, len(rises), back))
     return found
 

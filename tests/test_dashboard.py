@@ -1302,6 +1302,30 @@ async def test_energy_given_back_is_said_where_there_is_some(start, database, lo
     assert (await texts(page, ".state"))[0] == "somme de 3 phases"
 
 
+async def test_a_plug_with_panels_costs_nothing_while_it_gives_back(
+    start, database, look
+):
+    """Its counter counts both directions: 600 Wh given back are in both columns."""
+    running = await start(DASHBOARD_TOKEN="", PRICE_PER_KWH="0.25 EUR")
+    noon = "'2026-10-24 10:00+00'::timestamptz"
+    put_rows(
+        database, PUMP, "-600", noon, f"{noon} + INTERVAL '1 hour'", device="panels"
+    )
+    execute(
+        database,
+        "UPDATE power_logs SET energy_total_wh = 2000 - energy_total_wh,"
+        " energy_returned_wh = 1000 - energy_total_wh",
+    )
+    (link,) = re.findall(r"look at: (http://\S+)", running.log)
+    page = await look(running, link=f"{link}&from=2026-10-24T00:00&to=2026-10-25T00:00")
+    ((*_, energy, cost, mean, most, _, _),) = await cells(page, "#runs")
+    assert (energy, cost, mean, most) == ("0", "€0.00", "-600", "-600")
+    assert "total 0 kWh (€0.00)" in await text(page, "#energyrange")
+    csv = await page.locator("#energycsv").evaluate("a => a.href")
+    lines = (await (await page.request.get(csv)).text()).splitlines()
+    assert lines[1].startswith('"panels","switch:0",2026-10-24,0,61,600')
+
+
 async def test_pictures(start, database, look, tmp_path):
     """Kept where SHELLY_PICTURES says: docs/dashboard.png is one of them."""
     folder = Path(os.environ.get("SHELLY_PICTURES") or tmp_path)
