@@ -401,12 +401,28 @@ $$;
 CREATE OR REPLACE FUNCTION told_late_since(
     device TEXT, component TEXT, at TIMESTAMPTZ, wh FLOAT, seconds FLOAT, rise_wh FLOAT,
     min_power_w FLOAT)
-RETURNS TIMESTAMPTZ LANGUAGE sql STABLE AS $$
-    SELECT CASE WHEN s.highest_w > told_late_since.min_power_w
-                THEN s.first_at ELSE 'infinity' END
-    FROM still_counter(told_late_since.device, told_late_since.component, false,
-                       told_late_since.at, told_late_since.wh, told_late_since.seconds) s
-    WHERE s.rows >= 2 AND told_late_since.rise_wh <= 2 * s.power_wh
+RETURNS TIMESTAMPTZ LANGUAGE plpgsql STABLE AS $$
+#variable_conflict use_variable
+DECLARE
+    before_wh FLOAT;
+    still RECORD;
+BEGIN
+    -- Nearly always the counter has not stood still, which a single row tells.
+    SELECT p.energy_total_wh INTO before_wh
+    FROM power_logs p
+    WHERE p.device_id = device AND p.channel = component
+      AND p.timestamp >= at - INTERVAL '1 day' AND p.timestamp < at
+    ORDER BY p.timestamp DESC
+    LIMIT 1;
+    IF before_wh IS DISTINCT FROM wh THEN
+        RETURN NULL;
+    END IF;
+    SELECT * INTO still FROM still_counter(device, component, false, at, wh, seconds);
+    IF still.rows < 2 OR rise_wh > 2 * still.power_wh THEN
+        RETURN NULL;
+    END IF;
+    RETURN CASE WHEN still.highest_w > min_power_w THEN still.first_at ELSE 'infinity' END;
+END
 $$;
 
 -- Reads rows a little beyond the window as well, to know how a run at its edge goes on.
