@@ -528,7 +528,7 @@ LANGUAGE sql STABLE AS $$
                + coalesce(lead(CASE WHEN r.last_at >= r.late_since THEN r.rise END) OVER w, 0)
                    AS total_wh,
                CASE WHEN r.loaded THEN r.apower_w
-                    ELSE flow_wh(r.channel, r.rise, r.back_rise) * 3600 / r.seconds
+                    ELSE flow_wh(r.channel, r.rise, r.back_rise) * 3600 / nullif(r.seconds, 0)
                END AS mean_w
         FROM told r
         WINDOW w AS (PARTITION BY r.device_id, r.channel ORDER BY r.at)

@@ -468,11 +468,12 @@ def test_no_rise_depends_on_a_row_more_than_a_day_back(table, hours, wh):
 
 def test_two_rows_of_one_moment_are_no_division_by_zero(table):
     table.conn.execute("DROP INDEX power_logs_one_row_per_interval")
-    for counter in ([0, 1000, 999_999, 0, 1030], [1000, 1001, 0, 1010, 1040]):
-        table.put([2000] * 5, counter=counter, back=counter)
-    ((drawn, back),) = energy(table)
-    assert drawn >= 0 and back >= 0
-    assert table.runs() != []
+    for watts in (0, 2000):
+        for counter in ([1000, 1000, 1000, 1010], [1000, 1000, 1050, 1060]):
+            table.put([watts] * 4, f"{watts}", counter=counter, back=counter)
+    for drawn, back in energy(table):
+        assert (drawn, back) == (0, pytest.approx(60, abs=50))
+    assert [most for *_, most in table.runs("max_w")] == [2000]
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf"), -5.0])
