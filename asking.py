@@ -12,6 +12,7 @@ ENABLE_NOTIFICATIONS = (
     '{"id":1,"src":"collector","method":"NotifyStatus","params":{"enable":true}}'
 )
 GET_STATUS = '{"id":2,"src":"collector","method":"Shelly.GetStatus"}'
+GET_STATUS_ID = b"2"
 # Sent to a device that has answered, for the names that its owner gave it.
 GET_CONFIG = '{"id":3,"src":"collector","method":"Shelly.GetConfig"}'
 GET_CONFIG_ID = b"3"
@@ -65,6 +66,6 @@ class Requests:
 
 def moment_of(device_id: str) -> float:
     """The part of an interval after which a silent device is asked: in the second half,
-    and early enough for the answer."""
+    and early enough for an answer that takes seconds."""
     fraction = zlib.crc32(device_id.encode()) / 2**32
-    return 0.5 + 0.45 * fraction
+    return 0.5 + 0.4 * fraction

@@ -62,6 +62,7 @@ from asking import (
     GET_CONFIG,
     GET_CONFIG_ID,
     GET_STATUS,
+    GET_STATUS_ID,
     Requests,
     moment_of,
 )
@@ -101,7 +102,7 @@ MAX_HELD_BACK_GAP = 300.0
 ALL_CHANNELS = range(128)
 # Devices per connection, against invented ids.
 MAX_DEVICES = 1_000
-# Channels kept in memory, of about 0.5 kB each.
+# Channels kept in memory, of about 0.8 kB each.
 MAX_CHANNELS = 50_000
 # What may wait to be sent to a device.
 MAX_UNREAD_BYTES = 2**20
@@ -212,6 +213,8 @@ KNOWN_KINDS = {
     "bthomesensor",
     "input",
 }
+# Whatever else a key is, it should not get into the log.
+COMPONENT_KEY = re.compile(r"([a-z0-9_]{1,20}):[0-9]{1,3}")
 # A power in the text of a component that is not read: "total_power":433.8
 POWER = re.compile(rb'power"\s*:\s*-?[0-9]')
 
@@ -286,6 +289,13 @@ def time_of_held_back(received: float, now: float) -> float:
         raise ValueError("received more than 25 hours ago")
     # If the filter's clock runs ahead, this means now.
     return min(now, received)
+
+
+def is_whole(frame: Frame) -> bool:
+    """Whether a frame holds the whole status of a device, not only what has changed."""
+    if frame.method is None:
+        return bytes(frame.id) == GET_STATUS_ID
+    return frame.method == "NotifyFullStatus"
 
 
 def components_of(frame: Frame) -> dict[str, Raw]:
@@ -432,8 +442,8 @@ def merge(channel: Channel, component: Component, full: bool, now: float) -> boo
     What a `full` status lacks is taken away, too. Returns whether the reading has any
     value; an energy given back does not count."""
     if full:
-        forget(channel, component)
         note_lacking(channel, component, now)
+        forget(channel, component)
     has_value = False
     apower = component.apower
     if apower is not UNSET:
@@ -495,10 +505,13 @@ def note_lacking(channel: Channel, component: Component, now: float) -> None:
         if name not in component.__struct_fields__:
             # The other half of a clamp reports it.
             continue
-        if getattr(component, name) is UNSET:
-            channel.lacking.setdefault(column, now)
-        else:
+        if getattr(component, name) is not UNSET:
             channel.lacking.pop(column, None)
+        elif getattr(channel, column) is not None:
+            # It has come in the meantime, so this counts as the first.
+            channel.lacking[column] = now
+        else:
+            channel.lacking.setdefault(column, now)
 
 
 def may_come(channel: Channel, column: str) -> bool:
@@ -576,7 +589,7 @@ def update_channels(
 
     Returns the channels that may get a row, or have one that waits; and the start of
     the interval that the frame counts for."""
-    full = frame.method != "NotifyStatus"
+    full = frame.method != "NotifyStatus" and is_whole(frame)
     interval = now // collector.interval_s * collector.interval_s
     due = []
     is_read = False
@@ -588,7 +601,7 @@ def update_channels(
                 pass_over(collector, f"{frame.src} {key}", text, exc)
                 continue
             is_read = True
-            if component.aenergy is not UNSET:
+            if component.aenergy is not UNSET and not full:
                 interval = interval_of(collector, component.aenergy, now)
             channel = collector.channels.get(frame.src + decoder.key)
             if channel is None or frame.received is not None:
@@ -600,7 +613,7 @@ def update_channels(
                 remember(collector, channel)
                 note_interval(collector, channel, interval, now)
                 due.append(channel)
-    if full:
+    if full and frame.received is None:
         note_gone(collector, frame.src, components)
     if full or not is_read:
         name_unread_meters(collector, frame.src, components)
@@ -697,14 +710,13 @@ def remember(collector: Collector, channel: Channel) -> None:
 
 
 def note_gone(collector: Collector, src: str, components: dict[str, Raw]) -> None:
-    """Note which of a device's channels its whole status does not have any more."""
+    """Note which of a device's channels its whole status lacks, or has again."""
     present = set()
     for key in components:
         for decoder in collector.decoders.get(key, ()):
             present.add(decoder.key)
     for channel in collector.devices.get(src, {}).values():
-        if channel.key not in present:
-            channel.gone = True
+        channel.gone = channel.key not in present
 
 
 def name_unread_meters(
@@ -712,8 +724,8 @@ def name_unread_meters(
 ) -> None:
     """Log, once, which components of a device have a power and are of no known kind."""
     for key, text in components.items():
-        kind, colon, _ = key.partition(":")
-        if not colon or kind in KNOWN_KINDS or not POWER.search(text):
+        match = COMPONENT_KEY.fullmatch(key)
+        if match is None or match[1] in KNOWN_KINDS or not POWER.search(text):
             continue
         collector.complaints.log_once(
             f"{src} sends {key} with a power, which is not kept"
@@ -1176,7 +1188,8 @@ def is_stale(collector: Collector, channel: Channel, begin: float, now: float) -
     not told a value for long."""
     if channel.gone:
         return False
-    if not begin <= channel.heard_interval <= now + collector.clock_error_s:
+    ended = channel.heard_interval + collector.interval_s <= begin
+    if ended or channel.heard_interval > now + collector.clock_error_s:
         return True
     oldest = now - MAX_AGE
     old_voltage = not oldest <= channel.voltage_time <= now

@@ -50,6 +50,8 @@ class Life:
         self.arrives, self.answers = arrives, answers
         self.link = Link()
         self.now = NOON
+        # How long an answer takes.
+        self.delay_s = 0.1
         # When it was asked, and the frames of full minutes by the minute they mean.
         self.asked: list[float] = []
         self.minutes: dict[float, sim.Frame] = {}
@@ -65,7 +67,7 @@ class Life:
         self.asked.append(now)
         if self.answers:
             answer = self.device.answer(json.loads(GET_STATUS))
-            self.send(answer, now + 0.1)
+            self.send(answer, now + self.delay_s)
 
     def say_minute(self, minute: float, arrival: float) -> None:
         # The device makes the frame at the full minute of its own clock.
@@ -349,8 +351,62 @@ def test_ten_thousand_silent_devices_are_asked_over_half_a_minute():
     moments = Counter(
         int(60 * moment_of(f"shellypmmini-{n:012x}")) for n in range(10_000)
     )
-    assert set(moments) == set(range(30, 57))
-    assert max(moments.values()) < 2 * 10_000 / 27
+    assert set(moments) == set(range(30, 54))
+    assert max(moments.values()) < 2 * 10_000 / 24
+
+
+async def test_each_device_is_asked_at_its_own_moment(make):
+    collector = make()
+    links = []
+    for n in range(300):
+        links.append(Link())
+        feed(collector, minute_frame(f"shellypmmini-{n:012x}"), NOON, links[-1])
+    asked = Counter(
+        second
+        for second in range(60, 120)
+        for link in links
+        if look(collector, link, NOON + second)
+    )
+    assert asked.total() == 300
+    assert max(asked.values()) < 300 / 8
+
+
+# Ids that are asked early, in the middle and late.
+IDS = sorted((f"shellypmmini-{n:012x}" for n in range(40)), key=moment_of)[::13]
+
+
+@pytest.mark.parametrize("device_id", IDS)
+@pytest.mark.parametrize("clock_error_s", [-19, 4, 10, 19, 25])
+async def test_the_clock_of_a_silent_device_does_not_matter(
+    make, device_id, clock_error_s
+):
+    # Its answer names a minute, too, but it is an answer to a question of this minute.
+    device = sim.SmallDevice(device_id, sim.SilentMeter)
+    device.clock_error_s = clock_error_s
+    life = Life(make(), device)
+    life.connect()
+    life.live(120)
+    assert minutes_of(taken(life.collector)) == list(range(-1, 120))
+
+
+@pytest.mark.parametrize("device_id", IDS)
+async def test_an_answer_may_take_five_seconds(make, device_id):
+    life = Life(make(), sim.SmallDevice(device_id, sim.SilentMeter))
+    life.delay_s = 5.0
+    life.connect()
+    life.live(120)
+    assert minutes_of(taken(life.collector)) == list(range(-1, 120))
+
+
+@pytest.mark.parametrize("interval_s", [7, 25, 45])
+async def test_a_short_interval_that_does_not_divide_the_minute_asks_nobody(
+    make, interval_s
+):
+    collector = make(THROTTLE_INTERVAL_SECONDS=str(interval_s))
+    life = Life(collector, sim.SmallDevice(DEVICE, Steady, pauses=(1.0, 2.0)))
+    life.connect()
+    life.live(60)
+    assert life.asked == []
 
 
 async def test_a_counter_that_is_not_told_is_asked_for_like_an_old_voltage(make):
@@ -439,6 +495,24 @@ async def test_what_two_whole_statuses_lack_is_waited_for_again_once_it_has_come
     assert [row.voltage_v for row in taken(collector)] == [230.0]
 
 
+@pytest.mark.parametrize("how", ["a minute frame", "a delta"])
+async def test_what_has_come_by_any_frame_may_come_again(make, caplog, how):
+    collector = make()
+    # It boots, and what the first two statuses lack comes soon.
+    feed(collector, status(), NOON)
+    feed(collector, status(), NOON + 0.1)
+    measured = {"voltage": 230.0, "current": 0.1}
+    if how == "a minute frame":
+        measured["aenergy"] = {"total": 10.0}
+    feed(collector, notify({"cct:0": measured}), NOON + 10)
+    # Two hours later it boots again.
+    feed(collector, status(), NOON + 7200)
+    assert [row.voltage_v for row in taken(collector)] == [230.0]
+    feed(collector, notify({"cct:0": measured}), NOON + 7210)
+    assert [row.voltage_v for row in taken(collector)] == [230.0]
+    assert not caplog.messages
+
+
 async def test_null_is_not_absent(make):
     collector = make()
     for minute in range(3):
@@ -498,6 +572,13 @@ async def test_of_breakers_sensors_and_gateways_there_is_no_word(
     assert not caplog.messages
 
 
+async def test_a_key_that_no_device_has_does_not_get_into_the_log(make, caplog):
+    collector = make()
+    keys = ("object:200\n2026-11-29 CRITICAL the disk is full:1", "x" * 200_000 + ":1")
+    feed(collector, notify({key: {"apower": 1.0} for key in keys}), NOON)
+    assert not caplog.messages and not collector.complaints.known
+
+
 async def test_components_that_are_named_are_bounded(make, caplog, replace):
     replace(MAX_KNOWN=10, MAX_COMPLAINTS=100)
     collector = make()
@@ -532,6 +613,29 @@ async def test_silent_channels_of_an_old_profile_are_not_counted(make, monkeypat
     clamp = {"act_power": 5.0, "voltage": 230.0, "current": 0.1}
     feed(collector, notify({"em1:0": clamp}, METER, "NotifyFullStatus"), NOON + 650)
     assert count_silent(collector, 600) == 0
+
+
+async def test_an_answer_to_another_request_or_an_old_frame_takes_no_channel_away(make):
+    collector, link = make(), Link()
+    feed(collector, notify({"em:0": EM, "emdata:0": EMDATA}, METER), NOON, link)
+    records = {"id": 9, "src": METER, "dst": "collector", "result": {"keys": ["a"]}}
+    feed(collector, records, NOON + 1, link)
+    clamp = {"act_power": 5.0, "voltage": 230.0, "current": 0.1}
+    old = notify({"em1:0": clamp}, METER, "NotifyFullStatus")
+    feed(collector, old | {"received": NOON - 600}, NOON + 2, link)
+    gone = {channel.key for channel in collector.channels.values() if channel.gone}
+    assert gone == set()
+
+
+async def test_a_profile_that_comes_back_within_a_minute_is_expected(make):
+    collector, link = make(), Link()
+    whole = notify({"em:0": EM, "emdata:0": EMDATA}, METER, "NotifyFullStatus")
+    clamp = {"act_power": 5.0, "voltage": 230.0, "current": 0.1}
+    other = notify({"em1:0": clamp}, METER, "NotifyFullStatus")
+    for second, frame in enumerate((whole, other, whole)):
+        feed(collector, frame, NOON + second, link)
+    gone = {channel.key for channel in collector.channels.values() if channel.gone}
+    assert gone == {"em1:0"}
 
 
 async def test_a_meter_with_an_error_is_still_expected(make, monkeypatch):
