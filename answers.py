@@ -97,7 +97,8 @@ CONDITIONS = {
 TIME_OR_NUMBER = re.compile(r"[-+:.,/ \w]*", re.ASCII)
 FREE_TEXTS = ("zone", "device", "channel")
 # +02:00 is west of Greenwich for PostgreSQL, +02 west or east, depending on the place.
-OFFSET = re.compile(r"[-+:.\d\s]*")
+# And CET, EET, MET and WET have summer time in one place, and none in another.
+AMBIGUOUS_ZONE = re.compile(r"[-+:.\d\s]*|[CEMW]ET", re.IGNORECASE)
 # What every question takes.
 COMMON_PARAMETERS = ("zone", "device", "channel")
 
@@ -409,7 +410,7 @@ async def makes_sense(conn: Connection, name: str, text: str) -> bool:
     """Have PostgreSQL read a parameter. After a False the transaction is lost."""
     if name not in FREE_TEXTS and not TIME_OR_NUMBER.fullmatch(text):
         return False
-    if name == "zone" and OFFSET.fullmatch(text):
+    if name == "zone" and AMBIGUOUS_ZONE.fullmatch(text):
         return False
     try:
         cursor = await conn.execute(f"SELECT {CONDITIONS[name]}", [text], prepare=False)

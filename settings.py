@@ -174,11 +174,15 @@ def splits_password(url: str) -> bool:
     return "@" in before_query
 
 
+# With an @, the password has ended. Without one, there is a host, and maybe a port.
+WHOLE_PLACE = re.compile(r"postgres(ql)?://(.*@|[^:/]*(:\d+)?(/|$))")
+
+
 def unknown_parameters(url: str) -> list[str]:
     """The names of a URL's parameters that libpq does not know, such as another
     library's; none where the query may hold a part of a password."""
-    _, _, query = url.partition("?")
-    if not url.startswith("postgres") or "@" in query or "pass" in query:
+    place, _, query = url.partition("?")
+    if not WHOLE_PLACE.match(place) or re.search("@|pass|pwd", query):
         return []
     known = {option.keyword.decode() for option in Conninfo.get_defaults()}
     # libpq takes ssl=true, but no other value of it.

@@ -384,6 +384,7 @@ async def test_csv_opens_in_a_spreadsheet_and_holds_no_formula(running):
     ("energy", "zone", "Mars/Olympus"), ("energy", "zone", "Europe/Paris'"), ("energy", "zone", "Etc/Unknown"),
     # PostgreSQL reads each of these in one place alone, or in two ways.
     ("energy", "zone", "CEST"), ("energy", "zone", "+02"), ("energy", "zone", "-7.5"), ("energy", "zone", "+02:00"),
+    ("energy", "zone", "CET"), ("energy", "zone", "wet"),
     ("power", "gap", "60"), ("channels", "since", "now"),
     ("power", "limit", "1"), ("power", "excel", "1"), ("power", "Since", "now"), ("power", "since", "2026-11-20\0"),
 ])  # fmt: skip

@@ -111,6 +111,9 @@ def test_the_error_says_what_is_wrong_in_plain_words(name, value, line):
     ],
 )
 def test_a_parameter_of_another_library_is_named(query, names):
+    assert settings(DATABASE_URL="postgresql://host:5432/db").database_url
+    with pytest.raises(ValueError, match="take it out of the URL"):
+        settings(DATABASE_URL=f"postgres://host:5432/db?{query}")
     with pytest.raises(ValueError) as caught:
         settings(DATABASE_URL=f"postgresql://me:secret-pass@host/db?{query}")
     assert (
@@ -126,6 +129,10 @@ def test_a_parameter_of_another_library_is_named(query, names):
         "postgresql://me:1/2?hunter2=3@host/db",
         "postgresql://me:1?hunter2=3@host/db?schema=public",
         "postgresql://host/db?user=me&password=1&hunter2=3",
+        "postgresql://host/db?user=me&pwd=1&hunter2=3",
+        "postgresql://me:word?hunter2=3",
+        # Here it is the scheme that libpq does not know.
+        "postgresql+asyncpg://me:secret@host/db?hunter2=3",
         "host=host password=1?hunter2=3 dbname=db schema=public",
     ],
 )
