@@ -1,5 +1,5 @@
-"""Warnings that a bad device or network may give again and again: each is logged at
-most once a minute, or once and for all, and there is a limit to them all."""
+"""Warnings that a bad device or network may cause again and again. Each is logged at
+most once a minute, or only once, and their number is limited."""
 
 import logging
 import time
@@ -8,36 +8,39 @@ log = logging.getLogger("shelly_collector")
 
 # Warnings per minute, each about something different.
 MAX_COMPLAINTS = 500
-# Warnings that are logged once and for all.
-MAX_KNOWN = 1_000
+# Warnings that are logged only once.
+MAX_LOGGED_ONCE = 1_000
 
 
 class Complaints:
     def __init__(self) -> None:
         # What this minute's warnings were about.
         self.about: set[str] = set()
-        # That minute (monotonic).
+        # The number of that minute (monotonic).
         self.minute = 0.0
-        # What was logged once and for all.
-        self.known: set[str] = set()
+        # The warnings that are logged only once.
+        self.logged_once: set[str] = set()
 
     def log(self, about: str, text: str, *values: object) -> bool:
         """Log a warning, unless this minute had one about the same thing, or too many.
 
         Returns whether it was logged."""
-        logged = self.may_log(about)
+        logged = self.admit(about)
         if logged:
             log.warning(text, *values)
         return logged
 
     def log_once(self, text: str) -> None:
-        """Log a warning once and for all."""
-        if text in self.known or len(self.known) >= MAX_KNOWN:
+        """Log a warning unless it was logged before. After MAX_LOGGED_ONCE different
+        ones, no more are logged."""
+        if text in self.logged_once or len(self.logged_once) >= MAX_LOGGED_ONCE:
             return
         if self.log(text, "%s", text):
-            self.known.add(text)
+            self.logged_once.add(text)
 
-    def may_log(self, about: str) -> bool:
+    def admit(self, about: str) -> bool:
+        """Count a warning for this minute. Returns False if it must not be logged:
+        there was one about the same thing, or there were too many."""
         minute = time.monotonic() // 60
         if minute != self.minute:
             self.minute = minute

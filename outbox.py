@@ -75,13 +75,13 @@ class Batch(NamedTuple):
 class BatchSize:
     """How many rows go into a statement.
 
-    If the database refuses one of them, or takes too long, it narrows from 1,000 to 31
-    and to 1; over a slow link each statement counts. Past the batch that failed it
-    widens again."""
+    A batch that failed is tried again in smaller ones, of 1,000, 31, then 1, until the
+    refused row is found. Halving would take more statements, each a round trip. Past
+    the batch that failed, they grow again."""
 
     def __init__(self) -> None:
         self.limit = BATCH_SIZE
-        # The end of that batch, a place in the outbox.
+        # Where the batch that failed ends, a place in the outbox.
         self.narrow_until = 0
 
     def narrow(self, batch: Batch) -> None:

@@ -1,4 +1,5 @@
-"""What the process is to its system: signals, file descriptors and the log."""
+"""How the process deals with its operating system: signals, file descriptors, the
+log."""
 
 import asyncio
 import contextlib
@@ -14,15 +15,17 @@ log = logging.getLogger("shelly_collector")
 
 
 def handle_signals(stop: asyncio.Event) -> None:
+    """Set `stop` on SIGTERM, SIGINT or SIGHUP."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # nohup has a signal ignored, and that must stay so.
+        # Under nohup SIGHUP is ignored, and must stay so.
         if signal.getsignal(number) is not signal.SIG_IGN:
             loop.add_signal_handler(number, stop.set)
 
 
 def raise_descriptor_limit() -> None:
-    """Often the soft limit allows only 1,024 connections."""
+    """Raise the soft limit of open files, often only 1,024, to the hard one, or to a
+    million."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(soft, min(hard, 1_000_000))
     with contextlib.suppress(ValueError, OSError):
@@ -44,10 +47,11 @@ def start_log(level: str) -> None:
 def log_loop_error(
     complaints: Complaints, loop: asyncio.AbstractEventLoop, context: dict[str, Any]
 ) -> None:
-    """Log what asyncio reports, such as too many open files, at most once a minute."""
+    """Log what asyncio reports, such as too many open files, each at most once a
+    minute."""
     message = context["message"]
     exc = context.get("exception")
-    if complaints.may_log(message):
+    if complaints.admit(message):
         # An error of the network needs no traceback.
         bug = None if isinstance(exc, OSError) else exc
         log.warning("%s", message, exc_info=bug)

@@ -16,6 +16,11 @@ component  a part of a device, by its key: switch:2
 channel    a metered component of one device: shellypro4pm-a1b2c3d4e5f6 switch:2; each
            phase of a three-phase meter is one: em:0:a
 reading    what a frame says of one channel: {"apower":433.8,"current":2.631}
+counter    energy in Wh since the device was new: aenergy.total
+minute     the frame that a device sends each full minute, with its counter and the
+frame      minute that it means (minute_ts)
+whole      all fields of a device: NotifyFullStatus, or the answer to Shelly.GetStatus;
+status     any other frame has only what has changed
 interval   THROTTLE_INTERVAL_SECONDS, normally a minute of the clock
 row        what is known of a channel at its first reading of an interval
 outbox     rows on their way to the table: in memory while PostgreSQL answers, on disk
@@ -83,16 +88,16 @@ log = logging.getLogger("shelly_collector")
 
 # ---- What the protocol fixes, and the limits. Times are seconds. ----
 
-# A minute frame names its minute. By the server's clock it may come so much earlier or
-# later, since the device's own clock may be off.
+# A minute frame names its minute by the device's clock, which may differ from the
+# server's by this much.
 MAX_CLOCK_ERROR = 20.0
-# Firmware before 1.5 rarely sends its voltage, and some devices their counter. Ask for
-# a whole status if one is older than this.
+# Firmware before 1.5 rarely sends the voltage, and some devices rarely send their
+# counter. If one is older than this, the device is asked for its whole status.
 MAX_AGE = 300.0
-# What two whole statuses lack that are so far apart, the device does not have. The
-# first one after it has booted may lack what it soon has.
+# A field that two whole statuses lack, at least this long apart, is one that the device
+# does not have. Soon after a boot a field may only be late.
 BOOT_TIME = 60.0
-# Between two looks for devices that are to be asked.
+# How often to check which devices must be asked.
 ASK_TICK = 1.0
 # A frame that a filter held back for longer is refused.
 MAX_HELD_BACK = 25 * 3600
@@ -143,7 +148,7 @@ class Energy(msgspec.Struct, gc=False):
     # Wh
     total: Counted = UNSET
     # The start of the minute that goes on, by the device's clock, in seconds since
-    # 1970. Firmware 1.0 and 1.1 say something else.
+    # 1970.
     minute_ts: float | None = None
 
 
@@ -202,8 +207,8 @@ PHASE_COMPONENTS: dict[str, type[Component]] = {
 }
 
 
-# The kinds of components that are read, and of those that are no meters for sure:
-# breakers, batteries and sensors.
+# The kinds of components that are read, and kinds that may report a power but are not
+# meters: breakers, batteries and sensors.
 KNOWN_KINDS = {
     *COMPONENTS,
     *PHASE_COMPONENTS,
@@ -350,17 +355,18 @@ class Channel:
     energy_returned_wh: float | None = None
     # When a reading with any value last came.
     heard: float = 0.0
-    # When a reading last mentioned the voltage, or the counter, null included.
+    # When a reading last had the voltage, or the counter, even as null.
     voltage_time: float = 0.0
     counter_time: float = 0.0
-    # When its device last sent a whole status, and by column since when these lack it.
+    # When it was last in a whole status.
     whole_time: float = 0.0
+    # Columns that whole statuses lack, with the time of the first one that did.
     lacking: dict[str, float] = field(default_factory=dict)
-    # The start of the interval that the newest reading counts for, and of the one that
-    # the newest row stands for.
+    # The start of the interval that the newest reading counts for.
     heard_interval: float = 0.0
+    # The start of the interval that the newest row stands for.
     last_interval: float = 0.0
-    # A whole status that came later does not have it: the device's profile has changed.
+    # The device's latest whole status does not have it, as after a change of profile.
     gone: bool = False
     # It is in Collector.held_back.
     held_back: bool = False
@@ -381,10 +387,11 @@ class Collector:
     decoders: dict[str, list[ChannelDecoder]]
     configs: Configs
     interval_s: float
-    # A frame names its minute, and comes so much before or after it at most.
+    # How far from the minute that it names a frame may come. Beyond that the name is
+    # ignored.
     clock_error_s: float
-    # A frame with a counter that names no minute, and comes early by this much at most,
-    # counts for the minute that is about to begin.
+    # A frame with a counter that names no minute, and comes at most this long before an
+    # interval, counts for that interval.
     early_s: float
     # By channel_id: the device's and the channel's key, without anything between.
     channels: dict[str, Channel] = field(default_factory=dict)
@@ -433,14 +440,15 @@ def make_collector(settings: Settings) -> Collector:
     )
 
 
-# ---- Known status: a delta is laid over it, a full status replaces it ----
+# ---- Known status: a delta is merged into it, a whole status replaces it ----
 
 
 def merge(channel: Channel, component: Component, full: bool, now: float) -> bool:
-    """Lay a reading over what is known: absent is never 0, and null takes a value away.
+    """Merge a reading into the known status, and return whether it has any value.
 
-    What a `full` status lacks is taken away, too. Returns whether the reading has any
-    value; an energy given back does not count."""
+    null clears a value. A field that is absent keeps its value, except in a `full`
+    status, where it is cleared. An energy given back alone is no value, as no row waits
+    for it."""
     if full:
         note_lacking(channel, component, now)
         forget(channel, component)
@@ -472,7 +480,7 @@ def merge(channel: Channel, component: Component, full: bool, now: float) -> boo
 
 
 def total_of(counter: Energy | Counted) -> Counted:
-    """A clamp's counter is the number itself."""
+    """The Wh of a counter, which a meter sends in an object and a clamp as a number."""
     if isinstance(counter, Energy):
         return counter.total
     return counter
@@ -528,7 +536,7 @@ def take_frame(
 ) -> str | None:
     """Take a frame's readings, and put the rows that are due into the outbox.
 
-    Returns a request to send to the device, or None. Raises ValueError."""
+    Returns the request that should be sent next, or None. Raises ValueError."""
     frame = decode_frame(text)
     if frame.received is not None:
         now = time_of_held_back(frame.received, now)
@@ -545,12 +553,13 @@ def take_frame(
     # This comes after all components are merged: a clamp's counter may follow its
     # power.
     for channel in due:
-        if is_newer(collector, interval, channel.last_interval, now):
+        if starts_interval(collector, interval, channel.last_interval, now):
             incomplete = incomplete or needs_status(channel)
             if should_write(collector, channel):
                 add_pending_row(collector, channel, interval)
         release_complete_rows(collector, channel, expired_by=0.0)
     if frame.method is None:
+        link.requests.unanswered = 0
         return GET_CONFIG
     if incomplete:
         return GET_STATUS
@@ -587,8 +596,8 @@ def update_channels(
 ) -> tuple[list[Channel], float]:
     """Merge a frame's components into the known status.
 
-    Returns the channels that may get a row, or have one that waits; and the start of
-    the interval that the frame counts for."""
+    Returns the channels that may get a row or have a pending one (a clamp may be listed
+    twice), and the start of the interval that the frame counts for."""
     full = frame.method != "NotifyStatus" and is_whole(frame)
     interval = now // collector.interval_s * collector.interval_s
     due = []
@@ -601,8 +610,10 @@ def update_channels(
                 pass_over(collector, f"{frame.src} {key}", text, exc)
                 continue
             is_read = True
+            # A counter decides which interval the whole frame counts for.
             if component.aenergy is not UNSET and not full:
                 interval = interval_of(collector, component.aenergy, now)
+            # A live frame of a known channel, as nearly every one is, needs no more.
             channel = collector.channels.get(frame.src + decoder.key)
             if channel is None or frame.received is not None:
                 channel = find_channel(collector, frame, decoder.key, now)
@@ -631,41 +642,48 @@ def interval_of(
 ) -> float:
     """The start of the interval that a frame with a counter counts for. A minute frame
     says which minute it means."""
+    # Just before a minute, a counter belongs to the minute that is about to begin.
     moment = now + collector.early_s
     if isinstance(counter, Energy):
         minute_ts = counter.minute_ts
+        # Firmware 1.0 and 1.1 say something else than a full minute.
         if minute_ts is not None and minute_ts % 60 == 0:
             if abs(minute_ts - now) <= collector.clock_error_s:
                 moment = minute_ts
     return moment // collector.interval_s * collector.interval_s
 
 
-def is_newer(collector: Collector, interval: float, newest: float, now: float) -> bool:
+def starts_interval(
+    collector: Collector, interval: float, newest: float, now: float
+) -> bool:
     """Whether a reading counts for another interval than the newest one so far.
 
-    If a frame came early, what follows it in the interval before is no newer; if the
-    clock has stepped back, it is."""
+    A minute frame may come before its minute begins. What still comes of the minute
+    before does not go back to that."""
     if interval == newest:
         return False
-    came_early = interval < newest <= now + collector.clock_error_s
-    return not came_early
+    is_earlier = interval < newest
+    # A newest interval this far ahead means that the clock was set back since.
+    clock_was_set_back = newest > now + collector.clock_error_s
+    return not is_earlier or clock_was_set_back
 
 
 def note_interval(
     collector: Collector, channel: Channel, interval: float, now: float
 ) -> None:
     """Note the interval for which a channel was heard last."""
-    if is_newer(collector, interval, channel.heard_interval, now):
+    if starts_interval(collector, interval, channel.heard_interval, now):
         channel.heard_interval = interval
 
 
 def find_channel(
     collector: Collector, frame: Frame, channel_key: str, now: float
 ) -> Channel:
-    """The known status that a reading is laid over, a new one if there is none.
+    """The channel that a reading is merged into. A new one is not stored until
+    `remember`.
 
-    For a frame that was held back it is the live one, or, if newer frames have come
-    meanwhile, that of held-back frames alone."""
+    A held-back frame belongs to the live channel. If that has heard something newer, it
+    belongs to a channel of held-back frames alone."""
     channel_id = frame.src + channel_key
     live = collector.channels.get(channel_id)
     if live is None:
@@ -680,7 +698,8 @@ def find_channel(
 
 
 def forget_other_outage(collector: Collector, channel_id: str, now: float) -> None:
-    """Don't mix the values of two outages."""
+    """Drop the channel of held-back frames of another outage, whose values must not mix
+    with those of this one. Its rows go out first."""
     earlier = collector.held_back.get(channel_id)
     if earlier is None or 0 <= now - earlier.heard <= MAX_HELD_BACK_GAP:
         return
@@ -689,8 +708,9 @@ def forget_other_outage(collector: Collector, channel_id: str, now: float) -> No
 
 
 def remember(collector: Collector, channel: Channel) -> None:
-    """Move a channel to the end. Beyond MAX_CHANNELS forget the first, for which no row
-    has been due for longest, with the rows that it has pending."""
+    """Store a channel as the most recent one; it is no longer gone.
+
+    Beyond MAX_CHANNELS the least recent one is forgotten, with its pending rows."""
     channel.gone = False
     channels = collector.channels
     if channel.held_back:
@@ -699,14 +719,21 @@ def remember(collector: Collector, channel: Channel) -> None:
         of_device = collector.devices.setdefault(channel.device_id, {})
         of_device[channel.key] = channel
     channel_id = channel.device_id + channel.key
+    # A dict keeps the order of insertion.
     channels.pop(channel_id, None)
     channels[channel_id] = channel
     if len(channels) > MAX_CHANNELS:
-        first = channels.pop(next(iter(channels)))
-        if not first.held_back:
-            del collector.devices[first.device_id][first.key]
-            if not collector.devices[first.device_id]:
-                del collector.devices[first.device_id]
+        forget_least_recent(collector, channels)
+
+
+def forget_least_recent(collector: Collector, channels: dict[str, Channel]) -> None:
+    first = channels.pop(next(iter(channels)))
+    if first.held_back:
+        return
+    of_device = collector.devices[first.device_id]
+    del of_device[first.key]
+    if not of_device:
+        del collector.devices[first.device_id]
 
 
 def note_gone(collector: Collector, src: str, components: dict[str, Raw]) -> None:
@@ -733,6 +760,7 @@ def name_unread_meters(
 
 
 def add_pending_row(collector: Collector, channel: Channel, interval: float) -> None:
+    """Add the row of an interval. It waits for missing values, one interval at most."""
     assert channel.apower_w is not None
     channel.running = is_running(collector, channel.apower_w)
     channel.last_interval = interval
@@ -752,9 +780,8 @@ def add_pending_row(collector: Collector, channel: Channel, interval: float) -> 
 def release_complete_rows(
     collector: Collector, channel: Channel, expired_by: float
 ) -> None:
-    """Put rows that have all values by now into the outbox.
-
-    Those with a deadline up to `expired_by` (monotonic) go without the rest."""
+    """Put a channel's rows that wait for nothing more into the outbox, and those whose
+    deadline (monotonic) is at most `expired_by`: 0 for none, inf for all."""
     waiting = []
     for pending in channel.pending:
         missing = fill_in(pending, channel)
@@ -796,7 +823,7 @@ def warn_of_missing(collector: Collector, channel: Channel, missing: list[str]) 
 
 
 def make_row(pending: PendingRow, channel: Channel) -> Row:
-    """The table's columns are NOT NULL, so what never came is stored as 0."""
+    """The row to write. What never came is stored as 0, as the columns are NOT NULL."""
     return Row(
         pending.interval,
         channel.device_id,
@@ -1123,14 +1150,11 @@ def take_message(
         log_text = "%s: frame passed over: %s: %.60r"
         collector.complaints.log(link.name, log_text, link.name, reason, text)
         return
-    if request == GET_CONFIG:
-        # It has answered.
-        link.requests.unanswered = 0
     if request is not None and link.requests.may_send(request, now):
         ask(link, request, now)
 
 
-def add_device(link: "DeviceConnection", src: str) -> None:
+def add_device(link: DeviceConnection, src: str) -> None:
     """Note that a connection speaks for a device.
 
     Raises ValueError for an id that cannot be used, and beyond MAX_DEVICES."""
@@ -1142,12 +1166,13 @@ def add_device(link: "DeviceConnection", src: str) -> None:
     if not link.devices:
         log.info("%s connected from %s", src, link.name)
         link.name = src
-        link.requests.moment = moment_of(src)
+        link.requests.ask_after = moment_of(src)
     link.devices.add(src)
 
 
 def ask(link: DeviceConnection, request: str, now: float) -> None:
     link.requests.note_sent(request, now)
+    # Unlike send(), this never waits for a slow device.
     broadcast([link], request)
 
 
@@ -1158,38 +1183,43 @@ async def ask_periodically(collector: Collector) -> None:
 
 
 def ask_silent_devices(collector: Collector, now: float) -> None:
-    """Ask the devices that have said nothing of a channel in this interval, or no
-    voltage or counter for long: once in an interval, or in a minute if that is longer,
-    each at its own moment."""
-    length = max(60.0, collector.interval_s)
-    begin = now // length * length
-    passed = (now - begin) / length
+    """Ask each device that has been silent since the interval began, or whose voltage
+    or counter is old.
+
+    Each is looked at once per interval, or once a minute if intervals are shorter."""
+    length_s = max(60.0, collector.interval_s)
+    start = now // length_s * length_s
+    fraction = (now - start) / length_s
     for link in collector.links:
-        if link.requests.is_time_to_look(begin, passed):
-            if is_silent(collector, link, begin, now):
-                ask(link, GET_STATUS, now)
+        if not link.requests.is_look_due(start, fraction):
+            continue
+        link.requests.looked_interval = start
+        if needs_asking(collector, link, start, now):
+            ask(link, GET_STATUS, now)
 
 
-def is_silent(
-    collector: Collector, link: DeviceConnection, begin: float, now: float
+def needs_asking(
+    collector: Collector, link: DeviceConnection, start: float, now: float
 ) -> bool:
-    # If it has been asked since the interval began, it is asked no more.
-    if not link.requests.was_not_sent(GET_STATUS, now - begin, now):
+    """Whether a channel of a connection is stale, and its device has not been asked
+    since `start`."""
+    if link.requests.was_sent_within(now - start, GET_STATUS, now):
         return False
     return any(
-        is_stale(collector, channel, begin, now)
+        is_stale(collector, channel, start, now)
         for src in link.devices
         for channel in collector.devices.get(src, {}).values()
     )
 
 
-def is_stale(collector: Collector, channel: Channel, begin: float, now: float) -> bool:
-    """Whether a device has said nothing of a channel since an interval began, or has
-    not told a value for long."""
+def is_stale(collector: Collector, channel: Channel, start: float, now: float) -> bool:
+    """Whether a channel has not been heard since `start`, or its voltage or counter has
+    not been reported for MAX_AGE."""
     if channel.gone:
         return False
-    ended = channel.heard_interval + collector.interval_s <= begin
-    if ended or channel.heard_interval > now + collector.clock_error_s:
+    ended_before = channel.heard_interval + collector.interval_s <= start
+    clock_was_set_back = channel.heard_interval > now + collector.clock_error_s
+    if ended_before or clock_was_set_back:
         return True
     oldest = now - MAX_AGE
     old_voltage = not oldest <= channel.voltage_time <= now
@@ -1316,7 +1346,8 @@ def database_state(collector: Collector) -> str:
 
 
 def count_silent(collector: Collector, seconds: int) -> int:
-    """How many channels were heard within the last day, but not for so many seconds."""
+    """Count the channels that were last heard more than `seconds` but less than a day
+    ago."""
     now = time.time()
     ages = [
         now - channel.heard

@@ -11,7 +11,7 @@ import pytest
 
 import simulated_device as sim
 from asking import GET_STATUS, moment_of
-from complaints import MAX_KNOWN
+from complaints import MAX_LOGGED_ONCE
 from shelly_collector import ASK_TICK, count_silent
 from support import (
     DEVICE,
@@ -576,15 +576,15 @@ async def test_a_key_that_no_device_has_does_not_get_into_the_log(make, caplog):
     collector = make()
     keys = ("object:200\n2026-11-29 CRITICAL the disk is full:1", "x" * 200_000 + ":1")
     feed(collector, notify({key: {"apower": 1.0} for key in keys}), NOON)
-    assert not caplog.messages and not collector.complaints.known
+    assert not caplog.messages and not collector.complaints.logged_once
 
 
 async def test_components_that_are_named_are_bounded(make, caplog, replace):
-    replace(MAX_KNOWN=10, MAX_COMPLAINTS=100)
+    replace(MAX_LOGGED_ONCE=10, MAX_COMPLAINTS=100)
     collector = make()
     for n in range(50):
         feed(collector, notify({f"object:{n}": {"apower": 1.0}}), NOON)
-    assert len(caplog.messages) == 10 < MAX_KNOWN
+    assert len(caplog.messages) == 10 < MAX_LOGGED_ONCE
 
 
 # ---- A change of profile

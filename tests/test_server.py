@@ -166,7 +166,7 @@ async def test_an_old_voltage_is_asked_for_and_seldom_where_nobody_answers(
                 # It is looked at once in each minute, in its second half.
                 await wait_for(
                     lambda link=link, minute=clock - 58: (
-                        link.requests.looked_at == minute
+                        link.requests.looked_interval == minute
                     )
                 )
                 await (await peer.websocket.ping())
