@@ -173,16 +173,18 @@ BEGIN
             ('channels', '', 'device_name')
         ) AS list (name, arguments, newest_column)
     LOOP
-        CONTINUE WHEN NOT EXISTS (
+        IF EXISTS (
             SELECT FROM pg_proc
             WHERE oid = to_regprocedure(question.signature)
-              AND NOT question.newest_column = ANY (proargnames));
-        BEGIN
-            EXECUTE 'DROP FUNCTION ' || question.signature;
-        EXCEPTION WHEN dependent_objects_still_exist THEN
-            EXECUTE format('ALTER FUNCTION %s RENAME TO %I', question.signature,
-                           question.name || '_of_version_' || version);
-        END;
+              AND question.newest_column <> ALL (proargnames))
+        THEN
+            BEGIN
+                EXECUTE 'DROP FUNCTION ' || question.signature;
+            EXCEPTION WHEN dependent_objects_still_exist THEN
+                EXECUTE format('ALTER FUNCTION %s RENAME TO %I', question.signature,
+                               question.name || '_of_version_' || version);
+            END;
+        END IF;
     END LOOP;
 END $$;
 
@@ -220,11 +222,14 @@ $$;
 
 -- ---- Counters ----
 -- What the questions share. A counter is energy_total_wh, or energy_returned_wh where
--- `returned` is true; rows in which it is NULL are passed over. No answer depends on a row
--- more than a day before the one that is asked about.
+-- `returned` is true; rows in which it is NULL are skipped. `component` is the key of a
+-- channel. 100000 * seconds / 3600 is the Wh that 100 kW make: no channel carries more. A fall
+-- to no less than 0.9 of a value is a loss of its last digits, no reset. A counter lags if the
+-- device reports it late: it stands still, and then rises at once by what was used meanwhile.
+-- No row more than a day before the one in question is used.
 
--- The newest row before `at` whose counter is another than `wh`, at most a day before; with a
--- `wh` of NULL, the newest that has the counter.
+-- The newest row before `at` whose counter differs from `wh`; if `wh` is NULL, the newest one
+-- that has the counter.
 CREATE OR REPLACE FUNCTION counter_before(
     device TEXT, component TEXT, returned BOOLEAN, at TIMESTAMPTZ, wh FLOAT)
 RETURNS TABLE (before_at TIMESTAMPTZ, before_wh FLOAT)
@@ -242,9 +247,9 @@ LANGUAGE sql STABLE AS $$
     LIMIT 1
 $$;
 
--- The rows up to `at` over which the counter stood still at `wh`, at most a day: how many,
--- the first one, their highest power in either direction, and the Wh that their own power
--- makes; the last one lasts for `seconds`.
+-- The rows up to `at` during which the counter stood still at `wh`: their number, the time of
+-- the first, their highest power (without its sign), and the Wh of their power. The last row
+-- counts for `seconds`.
 CREATE OR REPLACE FUNCTION still_counter(
     device TEXT, component TEXT, returned BOOLEAN,
     at TIMESTAMPTZ, wh FLOAT, seconds FLOAT)
@@ -269,8 +274,8 @@ LANGUAGE sql STABLE AS $$
     ) still
 $$;
 
--- Whether a counter that falls from `wh` to `next_wh` only comes back from one wrong reading
--- upwards: it had risen to `wh` faster than 100 kW can make it.
+-- Whether a fall from `wh` to `next_wh` only undoes a wrong rise: the counter had risen to `wh`
+-- faster than 100 kW allow, and is back near its value before that.
 CREATE OR REPLACE FUNCTION comes_back(
     device TEXT, component TEXT, returned BOOLEAN,
     at TIMESTAMPTZ, wh FLOAT, next_wh FLOAT)
@@ -289,7 +294,8 @@ RETURNS BOOLEAN LANGUAGE sql STABLE AS $$
     ), false)
 $$;
 
--- The rise of a counter in the few cases in which the row and the next one do not tell.
+-- The rise in the few cases that rise_to_next cannot settle from two rows: earlier ones are
+-- looked up.
 CREATE OR REPLACE FUNCTION unusual_rise(
     device TEXT, component TEXT, returned BOOLEAN,
     at TIMESTAMPTZ, wh FLOAT, next_wh FLOAT, seconds FLOAT)
@@ -306,7 +312,7 @@ BEGIN
         FROM counter_before(device, component, returned, at, wh) b;
     END IF;
     IF wh IS NULL THEN
-        -- It was not reported for a while, and rose from the newest value that is known.
+        -- It was not reported for a while. It rose from the newest value that is known.
         seconds := seconds + date_part('epoch', at - before_at);
         RETURN CASE
             WHEN next_wh - before_wh BETWEEN 0 AND 100000 * seconds / 3600
@@ -314,7 +320,7 @@ BEGIN
             WHEN before_wh IS NOT NULL THEN 0
         END;
     END IF;
-    -- A 0 between a value and one that is no less: the device did not report it.
+    -- A 0 between a value and one of about that size or more: the device did not report it.
     IF wh <= 0 AND before_wh > 0 AND next_wh >= before_wh * 0.9 THEN
         RETURN 0;
     END IF;
@@ -323,8 +329,8 @@ BEGIN
         IF next_wh - wh <= most_wh THEN
             RETURN next_wh - wh;
         END IF;
-        -- Faster than 100 kW is no consumption, unless the counter was told late: it stood
-        -- still while the rows' own power makes about as much.
+        -- Faster than 100 kW is an error, unless the counter lagged: it had stood still, and
+        -- the power of those rows explains the rise, within a factor of two and 100 Wh.
         SELECT * INTO still
         FROM still_counter(device, component, returned, at, wh, seconds);
         IF still.rows >= 2 AND next_wh - wh <= 2 * still.power_wh + 100 THEN
@@ -332,8 +338,8 @@ BEGIN
         END IF;
         RETURN 0;
     END IF;
-    -- A fall below 0.9 of the value is a reset, and what the counter shows since then was
-    -- consumed. A smaller fall is not: the last digits were lost in a reboot.
+    -- A fall below 0.9 of the value is a reset, and what the counter shows now was used since;
+    -- but not if 100 kW could not make that much, or if the fall undoes a wrong rise.
     IF next_wh < wh * 0.9 AND next_wh BETWEEN 0 AND most_wh
        AND NOT comes_back(device, component, returned, at, wh, next_wh)
     THEN
@@ -343,9 +349,10 @@ BEGIN
 END
 $$;
 
--- Wh by which a counter rose from one row (`at`, `wh`) to the next, `seconds` later. It is
--- NULL where the counter is not known. `before_wh` is the counter of the row before, or NULL:
--- it only saves time. This function is inlined, and settles nearly every row.
+-- The Wh by which a counter rose from the row at `at` (`wh`) to the next one (`next_wh`),
+-- `seconds` later. It is 0 if only the next value is unknown, and NULL if no value before that
+-- is known. `before_wh` is the counter of the row before, which saves a lookup, or NULL.
+-- PostgreSQL inlines this function, and it settles nearly every row.
 CREATE OR REPLACE FUNCTION rise_to_next(
     device TEXT, component TEXT, returned BOOLEAN, at TIMESTAMPTZ,
     before_wh FLOAT, wh FLOAT, next_wh FLOAT, seconds FLOAT)
@@ -355,9 +362,10 @@ RETURNS FLOAT LANGUAGE sql STABLE AS $$
             THEN 0
         WHEN wh > 0 AND next_wh > wh AND next_wh - wh <= 100000 * seconds / 3600
             THEN next_wh - wh
-        -- Too fast, and it had not stood still.
+        -- Faster than 100 kW, and the counter had not stood still, so it did not lag.
         WHEN before_wh <> wh AND next_wh - wh > 100000 * seconds / 3600
             THEN 0
+        -- Its last digits were lost, or it was not reported.
         WHEN next_wh < wh AND (next_wh >= wh * 0.9 OR next_wh = 0)
             THEN 0
         WHEN next_wh IS NULL
@@ -366,11 +374,11 @@ RETURNS FLOAT LANGUAGE sql STABLE AS $$
     END
 $$;
 
--- What a channel drew in a day or a run, from the rises of its counters. The total of a switch
--- or a pm1 counts both directions. If it rose by less than what was given back, the device
--- counts otherwise, and nothing is subtracted; but it may only be told later than the other
--- counter, and then lags behind by about one of its own steps, of which `largest_wh` is the
--- largest.
+-- What a channel drew in a day or a run, from the rises of both counters. The total of a
+-- switch or pm1 counts both directions, so what was given back is subtracted. If the total rose
+-- by less than that, this device counts differently, and nothing is subtracted. But the total
+-- may also lag, by about one of its steps, of which `largest_wh` is the largest. The 1 Wh is
+-- for the rounding of sums.
 CREATE OR REPLACE FUNCTION drawn_wh(
     component TEXT, total_wh FLOAT, returned_wh FLOAT, largest_wh FLOAT)
 RETURNS FLOAT LANGUAGE sql IMMUTABLE AS $$
@@ -383,7 +391,8 @@ RETURNS FLOAT LANGUAGE sql IMMUTABLE AS $$
     END
 $$;
 
--- What flowed in until the next row, less what flowed out, from the rises of both counters.
+-- The net Wh until the next row, drawn less given back, from the rises of both counters. The
+-- total of a switch or pm1 has what was given back added, so that is taken off twice.
 CREATE OR REPLACE FUNCTION flow_wh(component TEXT, total_wh FLOAT, returned_wh FLOAT)
 RETURNS FLOAT LANGUAGE sql IMMUTABLE AS $$
     SELECT CASE
@@ -395,10 +404,10 @@ RETURNS FLOAT LANGUAGE sql IMMUTABLE AS $$
     END
 $$;
 
--- If the rise of a total was told late, so that the power of the rows before explains it: the
--- first of the rows over which the counter stood still, or infinity if none of them ran. NULL
--- otherwise.
-CREATE OR REPLACE FUNCTION told_late_since(
+-- Since when a total lagged, if the power of the rows before explains its rise: the time of the
+-- first of them, or infinity if none was above min_power_w (then the rise belongs to no run).
+-- NULL if it did not lag.
+CREATE OR REPLACE FUNCTION lagged_since(
     device TEXT, component TEXT, at TIMESTAMPTZ, wh FLOAT, seconds FLOAT, rise_wh FLOAT,
     min_power_w FLOAT)
 RETURNS TIMESTAMPTZ LANGUAGE plpgsql STABLE AS $$
@@ -425,7 +434,7 @@ BEGIN
 END
 $$;
 
--- Reads rows a little beyond the window as well, to know how a run at its edge goes on.
+-- Reads rows somewhat beyond the window, to see how a run at its edge goes on.
 CREATE OR REPLACE FUNCTION power_cycles(
     since TIMESTAMPTZ DEFAULT now() - INTERVAL '45 days',
     until TIMESTAMPTZ DEFAULT now(),
@@ -438,28 +447,28 @@ RETURNS TABLE (device_id TEXT, channel TEXT, started_at TIMESTAMPTZ, ended_at TI
                mean_a FLOAT, median_v FLOAT)
 LANGUAGE sql STABLE AS $$
     WITH
-    -- All rows, each with the counters of the next one. Rows at most `reach` apart belong
-    -- together.
+    -- The rows, each with the time and the counters of the next one. Rows at most `reach`
+    -- apart belong to one run.
     readings AS (
         SELECT p.device_id, p.channel, p.timestamp AS at,
                p.apower_w, p.voltage_v, p.current_a,
-               p.energy_total_wh AS wh, p.energy_returned_wh AS back_wh,
+               p.energy_total_wh AS wh, p.energy_returned_wh AS returned_wh,
                lead(p.timestamp) OVER w AS next_at,
                lead(p.energy_total_wh) OVER w AS next_wh,
-               lead(p.energy_returned_wh) OVER w AS next_back_wh,
+               lead(p.energy_returned_wh) OVER w AS next_returned_wh,
                greatest(gap, row_length * 1.5) AS reach
         FROM power_logs p
         WHERE p.timestamp > since - (min_duration + greatest(gap, row_length * 1.5))
           AND p.timestamp < until + (min_duration + 2 * greatest(gap, row_length * 1.5))
         WINDOW w AS (PARTITION BY p.device_id, p.channel ORDER BY p.timestamp)
     ),
-    -- The rows whose power or counter may let them run, each with the rise of the total, and
-    -- the seconds until the next row.
+    -- The rows that may run: by their power (`loaded`), or because the total changes until a
+    -- next row that is near. Each has the rise of the total, and the seconds to the next row.
     risen AS (
         SELECT r.*,
                abs(r.apower_w) > min_power_w AS loaded,
                r.next_at <= r.at + r.reach AS near,
-               date_part('epoch', r.next_at - r.at) AS distance,
+               date_part('epoch', r.next_at - r.at) AS seconds_to_next,
                CASE WHEN r.next_at IS NOT NULL
                     THEN rise_to_next(r.device_id, r.channel, false, r.at,
                                       NULL, r.wh, r.next_wh,
@@ -467,70 +476,73 @@ LANGUAGE sql STABLE AS $$
                END AS rise
         FROM readings r
         WHERE abs(r.apower_w) > min_power_w
-           OR r.next_wh <> r.wh AND r.next_at <= r.at + r.reach
+           OR (r.next_wh <> r.wh AND r.next_at <= r.at + r.reach)
     ),
-    -- The rows that run: by their power, or because the counter rises until the next row; but
-    -- not if it only tells late what was drawn while nothing ran. `last_at`, `last_wh` and
-    -- `following_at` are those of the neighbours in this list.
-    running AS (
+    -- Those with enough power or rise, but not where the rise only lags behind rows that did
+    -- not run. `previous_at`, `previous_wh` and `following_at` are of the neighbours here.
+    candidates AS (
         SELECT r.*,
-               lag(r.at) OVER w AS last_at,
-               lag(r.wh) OVER w AS last_wh,
+               lag(r.at) OVER w AS previous_at,
+               lag(r.wh) OVER w AS previous_wh,
                lead(r.at) OVER w AS following_at
         FROM risen r
         WHERE r.loaded
-           OR r.rise > min_power_w * r.distance / 3600
-              AND (r.apower_w = 0
-                   OR told_late_since(r.device_id, r.channel, r.at, r.wh, r.distance,
-                                      r.rise, min_power_w) IS DISTINCT FROM 'infinity')
+           OR (r.rise > min_power_w * r.seconds_to_next / 3600
+               -- Most rows without a load are at 0 W, and so are those before them, which
+               -- then explain no rise: the lookup is spared.
+               AND (r.apower_w = 0
+                    OR lagged_since(r.device_id, r.channel, r.at, r.wh, r.seconds_to_next,
+                                    r.rise, min_power_w) IS DISTINCT FROM 'infinity'))
         WINDOW w AS (PARTITION BY r.device_id, r.channel ORDER BY r.at)
     ),
-    -- The same rows. A row stands for `seconds`: until the next one if that is near. Where the
-    -- counter has not risen since the last row that ran, `late_since` may say that it tells
-    -- late what was drawn until then; such a row does not run.
-    told AS (
+    -- The same rows. Each stands for `seconds`: until the next row if that is near. If its
+    -- rise only lags behind the run before it, `late_since` is set, and it does not run itself.
+    timed AS (
         SELECT r.*,
-               CASE WHEN r.near THEN r.distance ELSE date_part('epoch', row_length) END
+               CASE WHEN r.near THEN r.seconds_to_next ELSE date_part('epoch', row_length) END
                    AS seconds,
                CASE WHEN r.near
                     THEN rise_to_next(r.device_id, r.channel, true, r.at,
-                                      NULL, r.back_wh, r.next_back_wh, r.distance)
-               END AS back_rise,
-               CASE WHEN NOT r.loaded AND (r.last_wh <> r.wh) IS NOT TRUE
-                    THEN told_late_since(r.device_id, r.channel, r.at, r.wh, r.distance,
-                                         r.rise, min_power_w)
+                                      NULL, r.returned_wh, r.next_returned_wh,
+                                      r.seconds_to_next)
+               END AS returned_rise,
+               CASE WHEN NOT r.loaded AND (r.previous_wh <> r.wh) IS NOT TRUE
+                    THEN lagged_since(r.device_id, r.channel, r.at, r.wh, r.seconds_to_next,
+                                      r.rise, min_power_w)
                END AS late_since
-        FROM running r
+        FROM candidates r
     ),
-    -- The same rows, with the number of their run, counted per channel. A rise that was told
-    -- late ends a run, too, unless the rows around it are near each other. `share` is the part
-    -- of a row that lies in the window, from 0 to 1. An old table may hold two rows of one
-    -- moment, so `seconds` may be 0. Where the next row is far, it is unknown how much of the
-    -- counter's rise belongs to the run: no more counts than the row's own power makes. What
-    -- was told late counts with the last row of the run in which the counter stood still.
+    -- The same rows, with the number of their run, counted per channel.
     numbered AS (
         SELECT r.*,
+               -- A run begins where the row before is too far away. Around a row that lags, it
+               -- is the distance between its neighbours that counts.
                count(*) FILTER (
-                   WHERE (r.last_at + r.reach
+                   WHERE (r.previous_at + r.reach
                           >= CASE WHEN r.late_since IS NULL THEN r.at ELSE r.following_at END
                          ) IS NOT TRUE
                ) OVER w AS number,
-               CASE WHEN r.at >= since AND r.at < until - greatest(gap, row_length * 1.5)
+               -- The part of the row that lies in the window, from 0 to 1. An old table may
+               -- hold two rows of one moment, so `seconds` may be 0.
+               CASE WHEN r.at >= since AND r.at < until - r.reach
                     THEN 1
                     ELSE greatest(0, date_part('epoch',
                              least(r.at + make_interval(secs => r.seconds), until)
                              - greatest(r.at, since))
                          / greatest(r.seconds, 0.001))
                END AS share,
+               -- If the next row is far, nobody knows how much of the rise belongs to this run:
+               -- no more than the row's own power makes. A rise that lags is added to the last
+               -- row of the run in which the counter stood still.
                CASE WHEN r.near THEN r.rise
                     ELSE least(r.rise, greatest(r.apower_w, 0) * r.seconds / 3600)
                END
-               + coalesce(lead(CASE WHEN r.last_at >= r.late_since THEN r.rise END) OVER w, 0)
+               + coalesce(lead(CASE WHEN r.previous_at >= r.late_since THEN r.rise END) OVER w, 0)
                    AS total_wh,
                CASE WHEN r.loaded THEN r.apower_w
-                    ELSE flow_wh(r.channel, r.rise, r.back_rise) * 3600 / nullif(r.seconds, 0)
+                    ELSE flow_wh(r.channel, r.rise, r.returned_rise) * 3600 / nullif(r.seconds, 0)
                END AS mean_w
-        FROM told r
+        FROM timed r
         WINDOW w AS (PARTITION BY r.device_id, r.channel ORDER BY r.at)
     ),
     -- One row per run.
@@ -538,7 +550,7 @@ LANGUAGE sql STABLE AS $$
         SELECT n.device_id, n.channel,
                min(n.at) AS begins,
                max(n.at) + row_length AS ends,
-               drawn_wh(n.channel, sum(n.share * n.total_wh), sum(n.share * n.back_rise),
+               drawn_wh(n.channel, sum(n.share * n.total_wh), sum(n.share * n.returned_rise),
                         max(n.share * n.total_wh)) AS energy_wh,
                sum(n.share * n.seconds * n.mean_w) / nullif(sum(n.share * n.seconds), 0)
                    AS mean_w,
@@ -572,16 +584,16 @@ RETURNS TABLE (device_id TEXT, channel TEXT, day DATE, energy_wh FLOAT, rows BIG
                energy_returned_wh FLOAT)
 LANGUAGE sql STABLE AS $$
     WITH
-    -- All rows, each with the counters of its neighbours. Rows up to a day past the window
-    -- are read, since the last rows in it rise to them.
+    -- The rows of the window and of the day after it, to which its last rows rise, each with
+    -- the counters of its neighbours.
     readings AS (
         SELECT p.device_id, p.channel, p.timestamp AS at,
                lead(p.timestamp) OVER w AS next_at,
                lag(p.energy_total_wh) OVER w AS before_wh,
                p.energy_total_wh AS wh,
                lead(p.energy_total_wh) OVER w AS next_wh,
-               p.energy_returned_wh AS back_wh,
-               lead(p.energy_returned_wh) OVER w AS next_back_wh
+               p.energy_returned_wh AS returned_wh,
+               lead(p.energy_returned_wh) OVER w AS next_returned_wh
         FROM power_logs p
         WHERE p.timestamp >= since AND p.timestamp < until + INTERVAL '1 day'
         WINDOW w AS (PARTITION BY p.device_id, p.channel ORDER BY p.timestamp)
@@ -593,7 +605,7 @@ LANGUAGE sql STABLE AS $$
                             r.before_wh, r.wh, r.next_wh,
                             date_part('epoch', r.next_at - r.at)) AS total_wh,
                rise_to_next(r.device_id, r.channel, true, r.at,
-                            NULL, r.back_wh, r.next_back_wh,
+                            NULL, r.returned_wh, r.next_returned_wh,
                             date_part('epoch', r.next_at - r.at)) AS returned_wh
         FROM readings r
         WHERE r.at < until
@@ -636,7 +648,7 @@ LANGUAGE sql STABLE AS $$
         WHERE p.timestamp >= since AND p.timestamp < until
         WINDOW w AS (PARTITION BY p.device_id, p.channel ORDER BY p.timestamp)
     ),
-    -- The same rows, each with the gap behind it; NULL if there is none, or if the channel
+    -- The same rows, each with the gap that follows; NULL if there is none, or if the channel
     -- was off meanwhile.
     gaps AS (
         SELECT r.*,
@@ -652,7 +664,7 @@ LANGUAGE sql STABLE AS $$
            coalesce(max(g.gap), INTERVAL '0'),
            count(*) FILTER (
                WHERE g.next_wh < g.wh * 0.9
-                 -- Only a fall that leaves something may come back from a wrong reading.
+                 -- A fall to 0 undoes no wrong rise, so that need not be looked up.
                  AND NOT (g.next_wh > 0 AND comes_back(
                      g.device_id, g.channel, false, g.at, g.wh, g.next_wh)))
     FROM gaps g
@@ -701,20 +713,21 @@ COMMENT ON FUNCTION power_cycles IS
     'complete: it touches no edge of the window; energy_wh: what was drawn, by the counter, '
     'Wh; mean_w and mean_a: mean apower (W) and current (A) while it runs, by time; max_w: '
     'the largest of its readings in magnitude, W; median_v: V, NULL if never reported. A '
-    'row runs above min_power_w (either sign), or if the counter rises by more than that '
-    'until the next one; rows up to gap apart (or 1.5 row_length) are one run; shorter than '
-    'min_duration is noise, unless ongoing; a row stands for row_length. What a counter '
-    'tells late is energy of the run in which it stood still';
+    'row runs if its power exceeds min_power_w in either direction, or if the counter rises '
+    'by more than that until the next one; rows up to gap apart (at least 1.5 row_length) '
+    'are one run; shorter than min_duration is noise, unless ongoing; a row counts until the '
+    'next one if that is near, otherwise for row_length. What a counter reports late is '
+    'energy of the run in which it stood still';
 COMMENT ON FUNCTION energy_by_day IS
     'For each device_id, channel and local day of zone: energy_wh, what was drawn: what the '
     'counter rose from each of its rows to the next, Wh (resets, lost digits, wrong '
-    'readings and a counter that is told late are allowed for), of a switch or pm1 less '
+    'readings and late reports are allowed for), of a switch or pm1 less '
     'what was given back; rows: how many it has; energy_returned_wh: what was given back, '
     'NULL where a device does not report it. A day without rows is absent';
 COMMENT ON FUNCTION coverage IS
     'For each device_id and channel with rows in the window: first_row, last_row; rows; '
     'missing: how many rows of row_length are not there between the two; longest_gap; '
-    'resets of the counter, of which a fall back from one wrong reading upwards is none. '
+    'resets of the counter, not counting a fall that undoes a wrong reading. '
     'With min_power_w (rows are kept only while something runs) a gap after a row at or '
     'below it is "off", not missing';
 COMMENT ON FUNCTION power_series IS
@@ -764,9 +777,9 @@ LANGUAGE sql AS $$
 $$;
 
 -- The version of this file: raise it with each change. The collector applies the file to a
--- database that holds a lower one. What older versions made and this one lacks stays there,
--- for an older collector beside this one, and for renamed questions: power_answer and
--- counter_rise.
+-- database that holds a lower one. Functions that only older versions have (power_answer,
+-- counter_rise) are not dropped: an older collector beside this one may use them, and so may
+-- questions that were renamed above.
 CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 5';
 
 COMMIT;
