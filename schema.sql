@@ -377,15 +377,15 @@ $$;
 -- What a channel drew in a day or a run, from the rises of both counters. The total of a
 -- switch or pm1 counts both directions, so what was given back is subtracted. If the total rose
 -- by less than that, this device counts differently, and nothing is subtracted. But the total
--- may also lag, by about one of its steps, of which `largest_wh` is the largest. The 1 Wh is
--- for the rounding of sums.
+-- may also lag by one of its steps, or lack two around a wrong reading; `largest_wh` is its
+-- largest step. The 1 Wh is for the rounding of sums.
 CREATE OR REPLACE FUNCTION drawn_wh(
     component TEXT, total_wh FLOAT, returned_wh FLOAT, largest_wh FLOAT)
 RETURNS FLOAT LANGUAGE sql IMMUTABLE AS $$
     SELECT CASE
         WHEN returned_wh IS NULL OR component !~ '^(switch|pm1):'
             THEN total_wh
-        WHEN returned_wh - total_wh > largest_wh + 1
+        WHEN returned_wh - total_wh > 3 * largest_wh + 1
             THEN total_wh
         ELSE greatest(total_wh - returned_wh, 0)
     END

@@ -542,6 +542,9 @@ BACK = [50 + 10 * n for n in range(61)]
      ("switch:0", [1000] * 30 + [1300] * 30 + [1600], BACK, 0, 600),
      ("switch:0", [1000] * 30 + [1300] * 31, BACK, 0, 600),
      ("switch:0", [1000] * 31 + [1300] * 30, BACK[:-1] + BACK[-2:-1], 0, 590),
+     # one wrong reading of the total, or one that was not reported
+     ("switch:0", [*BOTH_RISE[:30], 999999, *BOTH_RISE[31:]], BACK, 0, 600),
+     ("switch:0", [*BOTH_RISE[:30], 0, *BOTH_RISE[31:]], BACK, 0, 600),
      # what was given back comes late
      ("switch:0", BOTH_RISE, [50] * 30 + [350] * 30 + [650], 0, 600),
      # a device that counts otherwise
@@ -840,7 +843,7 @@ def drawn(channel, total, back, largest):
     """From the sum of the total's rises, those of the returned counter (None: unknown), and the largest of the first."""
     if back is None or not channel.startswith(("switch:", "pm1:")):
         return total
-    return total if back - total > largest + 1 else max(total - back, 0)
+    return total if back - total > 3 * largest + 1 else max(total - back, 0)
 
 
 def add_known(numbers):
