@@ -1288,6 +1288,15 @@ async def test_two_ids_of_one_device_become_one_history(writer, database):
     assert query(database, energy) == [(5.0,)]
 
 
+async def test_one_id_alone_or_none_is_refused_and_nothing_is_lost(writer, database):
+    await prepare(database)
+    await writer([row(n, DEVICE, 1.0) for n in range(4)])
+    for new_id in (DEVICE, ""):
+        with pytest.raises(psycopg.errors.RaiseException, match="two different ids"):
+            execute(database, join_ids(DEVICE, new_id))
+    assert len(read_rows(database)) == 4
+
+
 async def test_two_ids_become_one_in_an_old_table_with_doubles(database):
     execute(database, ORIGINAL_TABLE, *[OLD_ROW] * 2, OLD_ROW.replace("'old'", "'new'"))
     execute(database, (ROOT / "schema.sql").read_bytes(), join_ids("old", "new"))
