@@ -1523,8 +1523,14 @@ async def finish(
     if outbox.memory:
         level = logging.CRITICAL
     text = "stopped, %d rows wait on disk, %d are lost"
-    log.log(level, text, outbox.saved, len(outbox.memory))
+    log.log(level, text, outbox.saved, len(outbox.memory) + count_pending(collector))
     outbox.close()
+
+
+def count_pending(collector: Collector) -> int:
+    """Count the rows that still wait for a value."""
+    channels = [*collector.channels.values(), *collector.held_back.values()]
+    return sum(len(channel.pending) for channel in channels)
 
 
 def main() -> int:
