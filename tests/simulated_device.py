@@ -748,6 +748,12 @@ class Line:
             async for text in websocket:
                 await self.send(self.device.answer(json.loads(text)))
 
+    def check(self) -> None:
+        """Raise OSError when the collector has closed the connection, which a device
+        that sends nothing would not notice."""
+        if self.reader is not None and self.reader.done():
+            raise OSError("the collector has closed the connection")
+
     async def close(self) -> None:
         if self.reader is not None:
             self.reader.cancel()
@@ -795,13 +801,14 @@ async def play(line: Line, minute_s: float, minutes: int | None) -> None:
         )
         if till_minute > pause + 0.05 * minute_s:
             await asyncio.sleep(pause)
-            if changes := device.change():
-                await line.send(*changes)
+            await line.send(*device.change())
+            line.check()
             continue
         await asyncio.sleep(
             till_minute + device.rnd.uniform(0, 0.02) * min(1, minute_s)
         )
         await line.send(*device.minute())
+        line.check()
         done += 1
 
 

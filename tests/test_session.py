@@ -563,6 +563,27 @@ async def test_a_house_lives_on_after_its_past_and_plays_that_only_once():
         )
 
 
+async def test_a_device_that_sends_nothing_notices_that_the_collector_has_gone():
+    frames = []
+
+    def starts():
+        """The frames that end its first words on a connection."""
+        return [frame for frame in frames if "cloud" in frame.get("params", {})]
+
+    def ends():
+        # The collector goes when the device will say no more.
+        return starts()[-1:] == frames[-1:]
+
+    async with listening(frames, ends) as url:
+        silent = sim.SmallDevice(DEVICE, sim.SilentMeter, pauses=(0.2, 0.3))
+        line = sim.Line(silent, url, False, lambda _: None)
+        living = asyncio.create_task(sim.live(line, 0.2, None))
+        await wait_for(lambda: len(starts()) > 2)
+        living.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await living
+
+
 async def test_a_device_without_names_says_so():
     frames = []
     async with listening(frames) as url:
