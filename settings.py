@@ -153,9 +153,10 @@ def database_url(text: str) -> str:
         unknown = unknown_parameters(text)
         if unknown:
             names = ", ".join(map(repr, unknown))
-            raise ValueError(
-                f"holds what libpq does not know; take it out of the URL: {names}"
-            ) from None
+            text = f"holds what libpq does not know; take it out of the URL: {names}"
+            if "ssl" in unknown:
+                text += " (for TLS it is sslmode=require)"
+            raise ValueError(text) from None
         raise unreadable from None
     if not re.fullmatch(r"[\d,]*", str(parts.get("port", ""))):
         raise unreadable

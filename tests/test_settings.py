@@ -106,7 +106,7 @@ def test_the_error_says_what_is_wrong_in_plain_words(name, value, line):
             "pool_timeout=0&connection_limit=1&ssl=true",
             "'pool_timeout', 'connection_limit'",
         ),
-        ("ssl=no-verify", "'ssl'"),
+        ("ssl=no-verify", "'ssl' (for TLS it is sslmode=require)"),
         ("\x1b[2J=x", r"'\x1b[2J'"),
     ],
 )
