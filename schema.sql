@@ -447,16 +447,15 @@ RETURNS TABLE (device_id TEXT, channel TEXT, started_at TIMESTAMPTZ, ended_at TI
                mean_a FLOAT, median_v FLOAT)
 LANGUAGE sql STABLE AS $$
     WITH
-    -- The rows, each with the time and the counters of the next one. Rows at most `reach`
-    -- apart belong to one run.
+    -- The rows, each with the time and the counters of the next one. Rows at most
+    -- greatest(gap, row_length * 1.5) apart belong to one run, or are `near`.
     readings AS (
         SELECT p.device_id, p.channel, p.timestamp AS at,
                p.apower_w, p.voltage_v, p.current_a,
                p.energy_total_wh AS wh, p.energy_returned_wh AS returned_wh,
                lead(p.timestamp) OVER w AS next_at,
                lead(p.energy_total_wh) OVER w AS next_wh,
-               lead(p.energy_returned_wh) OVER w AS next_returned_wh,
-               greatest(gap, row_length * 1.5) AS reach
+               lead(p.energy_returned_wh) OVER w AS next_returned_wh
         FROM power_logs p
         WHERE p.timestamp > since - (min_duration + greatest(gap, row_length * 1.5))
           AND p.timestamp < until + (min_duration + 2 * greatest(gap, row_length * 1.5))
@@ -467,7 +466,7 @@ LANGUAGE sql STABLE AS $$
     risen AS (
         SELECT r.*,
                abs(r.apower_w) > min_power_w AS loaded,
-               r.next_at <= r.at + r.reach AS near,
+               r.next_at <= r.at + greatest(gap, row_length * 1.5) AS near,
                date_part('epoch', r.next_at - r.at) AS seconds_to_next,
                CASE WHEN r.next_at IS NOT NULL
                     THEN rise_to_next(r.device_id, r.channel, false, r.at,
@@ -476,7 +475,7 @@ LANGUAGE sql STABLE AS $$
                END AS rise
         FROM readings r
         WHERE abs(r.apower_w) > min_power_w
-           OR (r.next_wh <> r.wh AND r.next_at <= r.at + r.reach)
+           OR (r.next_wh <> r.wh AND r.next_at <= r.at + greatest(gap, row_length * 1.5))
     ),
     -- Those with enough power or rise, but not where the rise only lags behind rows that did
     -- not run. `previous_at`, `previous_wh` and `following_at` are of the neighbours here.
@@ -518,13 +517,12 @@ LANGUAGE sql STABLE AS $$
                -- A run begins where the row before is too far away. Around a row that lags, it
                -- is the distance between its neighbours that counts.
                count(*) FILTER (
-                   WHERE (r.previous_at + r.reach
-                          >= CASE WHEN r.late_since IS NULL THEN r.at ELSE r.following_at END
-                         ) IS NOT TRUE
+                   WHERE (CASE WHEN r.late_since IS NULL THEN r.at ELSE r.following_at END
+                          <= r.previous_at + greatest(gap, row_length * 1.5)) IS NOT TRUE
                ) OVER w AS number,
                -- The part of the row that lies in the window, from 0 to 1. An old table may
                -- hold two rows of one moment, so `seconds` may be 0.
-               CASE WHEN r.at >= since AND r.at < until - r.reach
+               CASE WHEN r.at >= since AND r.at < until - greatest(gap, row_length * 1.5)
                     THEN 1
                     ELSE greatest(0, date_part('epoch',
                              least(r.at + make_interval(secs => r.seconds), until)
