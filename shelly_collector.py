@@ -385,6 +385,7 @@ class Collector:
     outbox: Outbox
     # By component key.
     decoders: dict[str, list[ChannelDecoder]]
+    # What devices say of their names, until the table has it.
     configs: Configs
     interval_s: float
     # How far from the minute that it names a frame may come. Beyond that the name is
