@@ -1523,8 +1523,11 @@ async def finish(
     level = logging.INFO
     if outbox.memory:
         level = logging.CRITICAL
+    pending = count_pending(collector)
+    if pending > 0:
+        log.info("%d rows that still lacked a value are dropped", pending)
     text = "stopped, %d rows wait on disk, %d are lost"
-    log.log(level, text, outbox.saved, len(outbox.memory) + count_pending(collector))
+    log.log(level, text, outbox.saved, len(outbox.memory))
     outbox.close()
 
 
