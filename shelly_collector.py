@@ -599,7 +599,7 @@ def update_channels(
 
     Returns the channels that may get a row or have a pending one (a clamp may be listed
     twice), and the start of the interval that the frame counts for."""
-    full = frame.method != "NotifyStatus" and is_whole(frame)
+    full = is_whole(frame)
     interval = now // collector.interval_s * collector.interval_s
     due = []
     is_read = False
@@ -625,8 +625,8 @@ def update_channels(
                 remember(collector, channel)
                 note_interval(collector, channel, interval, now)
                 due.append(channel)
-    if full and frame.received is None:
-        note_gone(collector, frame.src, components)
+    if full:
+        note_gone(collector, frame, components)
     if full or not is_read:
         name_unread_meters(collector, frame.src, components)
     return due, interval
@@ -737,13 +737,16 @@ def forget_least_recent(collector: Collector, channels: dict[str, Channel]) -> N
         del collector.devices[first.device_id]
 
 
-def note_gone(collector: Collector, src: str, components: dict[str, Raw]) -> None:
+def note_gone(collector: Collector, frame: Frame, components: dict[str, Raw]) -> None:
     """Note which of a device's channels its whole status lacks, or has again."""
+    if frame.received is not None:
+        # It was held back, so it may be older than what is known.
+        return
     present = set()
     for key in components:
         for decoder in collector.decoders.get(key, ()):
             present.add(decoder.key)
-    for channel in collector.devices.get(src, {}).values():
+    for channel in collector.devices.get(frame.src, {}).values():
         channel.gone = channel.key not in present
 
 
