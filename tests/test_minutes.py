@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import simulated_device as sim
-from asking import GET_STATUS, moment_of
-from complaints import MAX_LOGGED_ONCE
+from asking import GET_CONFIG, GET_STATUS, Requests, moment_of
+from complaints import MAX_LOGGED_ONCE, Complaints
 from shelly_collector import ASK_TICK, count_silent
 from support import (
     DEVICE,
@@ -208,6 +208,16 @@ async def test_a_minute_that_is_named_counts_within_20_s_of_the_servers_clock(
     assert [row.time - NOON for row in taken(collector)] == [minute]
 
 
+@pytest.mark.parametrize(("early_s", "start"), [(3, 60), (15, 40)])
+async def test_with_a_short_interval_a_named_minute_is_believed_for_a_third_of_it(
+    make, early_s, start
+):
+    collector = make(THROTTLE_INTERVAL_SECONDS="10")
+    energy = {"total": 1.0, "minute_ts": NOON + 60}
+    feed(collector, minute_frame(aenergy=energy), NOON + 60 - early_s)
+    assert [row.time - NOON for row in taken(collector)] == [start]
+
+
 async def test_a_held_back_frame_is_in_the_minute_that_it_names(make):
     collector = make()
     energy = {"total": 1.0, "minute_ts": NOON - 3600}
@@ -312,6 +322,15 @@ async def test_where_nobody_answers_it_is_asked_every_ten_minutes(make):
     for second in range(12 * 60):
         life.look(NOON + 60 * DAY + second)
     assert len(life.asked) - before >= 2
+
+
+def test_only_requests_for_the_status_count_as_unanswered():
+    requests = Requests()
+    for n in range(5):
+        requests.note_sent(GET_CONFIG, NOON + n)
+    assert requests.unanswered == 0
+    requests.note_sent(GET_STATUS, NOON)
+    assert requests.unanswered == 1
 
 
 async def test_an_error_is_no_answer(make):
@@ -513,6 +532,18 @@ async def test_what_has_come_by_any_frame_may_come_again(make, caplog, how):
     assert not caplog.messages
 
 
+async def test_a_counter_that_a_device_does_not_have_is_not_asked_for_ever(make):
+    collector, link = make(), Link()
+    measured = {"apower": 5.0, "voltage": 230.0, "current": 0.1}
+    whole = notify({"switch:0": measured}, method="NotifyFullStatus")
+    for minute in range(20):
+        frame = whole if minute < 2 else notify({"switch:0": measured})
+        feed(collector, frame, NOON + 60 * minute, link)
+        asked = look(collector, link, NOON + 60 * minute + 58)
+        assert not asked or minute < 2
+    assert len(taken(collector)) == 20
+
+
 async def test_null_is_not_absent(make):
     collector = make()
     for minute in range(3):
@@ -570,6 +601,25 @@ async def test_of_breakers_sensors_and_gateways_there_is_no_word(
 ):
     feed(make(CHANNELS="0"), notify({key: component}), NOON)
     assert not caplog.messages
+
+
+async def test_a_charger_beside_a_switch_is_named(make, caplog):
+    both = minute_frame()["params"] | {"object:200": {"value": {"total_power": 9.0}}}
+    feed(make(), notify(both, method="NotifyFullStatus"), NOON)
+    assert [m for m in caplog.messages if "object:200" in m]
+
+
+def test_what_is_logged_once_is_not_lost_in_a_minute_with_too_many_warnings(
+    monkeypatch, caplog, replace
+):
+    replace(MAX_COMPLAINTS=1)
+    complaints, clock = Complaints(), 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: clock)
+    for _ in range(3):
+        for text in ("one", "two", "three"):
+            complaints.log_once(text)
+        clock += 61
+    assert sorted(caplog.messages) == ["one", "three", "two"]
 
 
 async def test_a_key_that_no_device_has_does_not_get_into_the_log(make, caplog):
