@@ -60,11 +60,13 @@ CONTENT_TYPES = {
     ".txt": "text/plain; charset=utf-8",
 }
 
-# One client's question gets one core.
+# One client's question gets one core. With less memory for hashes the answer about many
+# channels would be sorted on disk.
 BEGIN_QUESTION = f"""
     {BEGIN_READING}
     SET LOCAL statement_timeout = '5s';
     SET LOCAL work_mem = '32MB';
+    SET LOCAL hash_mem_multiplier = 4;
     SET LOCAL jit = off;
     SET LOCAL max_parallel_workers_per_gather = 0
 """
@@ -129,8 +131,19 @@ QUESTIONS = {
             %(since)s::timestamptz, %(until)s::timestamptz, %(zone)s::text)""",
         ("since", "until", "zone"),
     ),
+    "months": Question(
+        """energy_by_month(
+            %(since)s::timestamptz, %(until)s::timestamptz, %(zone)s::text)""",
+        ("since", "until", "zone"),
+    ),
     "coverage": Question(
         """coverage(
+            %(since)s::timestamptz, %(until)s::timestamptz,
+            %(row_length)s::interval, %(min_power_w)s::float8)""",
+        ("since", "until", "row_length", "min_power_w"),
+    ),
+    "gaps": Question(
+        """gaps(
             %(since)s::timestamptz, %(until)s::timestamptz,
             %(row_length)s::interval, %(min_power_w)s::float8)""",
         ("since", "until", "row_length", "min_power_w"),
@@ -142,7 +155,7 @@ SELECT = sql.SQL("""
     SELECT * FROM {}
     WHERE (%(device)s::text IS NULL OR device_id = %(device)s::text)
       AND (%(channel)s::text IS NULL OR channel = %(channel)s::text)
-    ORDER BY 1, 2, 3
+    ORDER BY 1, 2, 3, 4
     LIMIT %(max_rows)s + 1
 """)
 

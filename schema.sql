@@ -33,20 +33,23 @@ BEGIN
             current_a       FLOAT        NOT NULL,
             energy_total_wh FLOAT        NOT NULL,
             created_at      TIMESTAMPTZ  DEFAULT NOW(),
-            energy_returned_wh FLOAT
+            energy_returned_wh FLOAT,
+            origin          TEXT
         );
     END IF;
 
-    -- Tables made before version 4 lack this column. Adding it rewrites no row; it is NULL in
-    -- the rows that are there. ALTER TABLE waits for every open transaction that has read the
-    -- table, and whoever comes later waits behind it. So it gives up before a collector would
-    -- take the database for absent, and the next start tries again.
-    IF NOT EXISTS (
-        SELECT FROM pg_attribute
-        WHERE attrelid = 'power_logs'::regclass AND attname = 'energy_returned_wh'
-    ) THEN
+    -- Tables of older versions lack these columns. Adding them rewrites no row; they are NULL
+    -- in the rows that are there. ALTER TABLE waits for every open transaction that has read
+    -- the table, and whoever comes later waits behind it. So it gives up before a collector
+    -- would take the database for absent, and the next start tries again.
+    IF (
+        SELECT count(*) FROM pg_attribute
+        WHERE attrelid = 'power_logs'::regclass
+          AND attname IN ('energy_returned_wh', 'origin')
+    ) < 2 THEN
         SET LOCAL lock_timeout = '3s';
-        ALTER TABLE power_logs ADD COLUMN energy_returned_wh FLOAT;
+        ALTER TABLE power_logs ADD COLUMN IF NOT EXISTS energy_returned_wh FLOAT,
+                               ADD COLUMN IF NOT EXISTS origin TEXT;
         SET LOCAL lock_timeout TO DEFAULT;
     END IF;
 
@@ -58,6 +61,69 @@ BEGIN
             name        TEXT,
             PRIMARY KEY (device_id, channel)
         );
+    END IF;
+
+    -- The quarters of an hour of each channel, made from its rows. See "Making quarters".
+    IF to_regclass('power_quarters') IS NULL THEN
+        CREATE TABLE power_quarters (
+            device_id   VARCHAR(100) NOT NULL,
+            channel     VARCHAR(20)  NOT NULL,
+            quarter     TIMESTAMPTZ  NOT NULL,
+            rows        INT          NOT NULL,
+            rows_from_memory INT,
+            sum_w       FLOAT        NOT NULL,
+            min_w       FLOAT        NOT NULL,
+            max_w       FLOAT        NOT NULL,
+            total_wh    FLOAT,
+            largest_wh  FLOAT,
+            returned_wh FLOAT,
+            first_row   TIMESTAMPTZ  NOT NULL,
+            last_row    TIMESTAMPTZ  NOT NULL,
+            gap_began   TIMESTAMPTZ[],
+            gap_ended   TIMESTAMPTZ[],
+            gap_power_w FLOAT[],
+            resets      TIMESTAMPTZ[],
+            next_row    TIMESTAMPTZ,
+            final       BOOLEAN      NOT NULL DEFAULT false,
+            -- Also for "the quarters of one device".
+            PRIMARY KEY (device_id, channel, quarter)
+        );
+        -- For "what did all channels do between two moments?".
+        CREATE INDEX power_quarters_quarter ON power_quarters (quarter);
+        -- Each channel has one that is open: every question looks at these.
+        CREATE INDEX power_quarters_open ON power_quarters (device_id, channel)
+            WHERE next_row IS NULL;
+        -- For "after which rows was there none for a day?".
+        CREATE INDEX power_quarters_long_gap ON power_quarters (next_row)
+            WHERE next_row - last_row > INTERVAL '1 day';
+        -- For "where does the final part end?".
+        CREATE INDEX power_quarters_final ON power_quarters (quarter) WHERE final;
+
+        CREATE TABLE quarter_marks (
+            device_id   VARCHAR(100) NOT NULL,
+            channel     VARCHAR(20)  NOT NULL,
+            since       TIMESTAMPTZ  NOT NULL,
+            until       TIMESTAMPTZ  NOT NULL,
+            removes     BOOLEAN      NOT NULL
+        );
+        -- For "the marks of one channel". It is not unique: a rule would make writers wait
+        -- for each other, and could lose a mark.
+        CREATE INDEX quarter_marks_channel ON quarter_marks (device_id, channel, since);
+
+        -- What a row says of its channel's counters.
+        CREATE TYPE reading AS (at TIMESTAMPTZ, wh FLOAT, returned_wh FLOAT);
+
+        CREATE TABLE quarter_state (
+            -- There is one row.
+            id          INT          PRIMARY KEY DEFAULT 1 CHECK (id = 1),
+            logs_oid    OID,
+            marked_until TIMESTAMPTZ NOT NULL,
+            made_until  TIMESTAMPTZ  NOT NULL,
+            made_from   TIMESTAMPTZ  NOT NULL,
+            final_until TIMESTAMPTZ  NOT NULL
+        );
+        INSERT INTO quarter_state (marked_until, made_until, made_from, final_until)
+        VALUES ('-infinity', '-infinity', 'infinity', '-infinity');
     END IF;
 END $$;
 
@@ -95,6 +161,13 @@ BEGIN
         COMMENT ON COLUMN power_logs.energy_returned_wh IS
             'ret_aenergy.total: the counter of energy given back (solar), Wh; '
             'NULL where the device does not report it';
+    END IF;
+    IF col_description('power_logs'::regclass, (
+        SELECT attnum FROM pg_attribute
+        WHERE attrelid = 'power_logs'::regclass AND attname = 'origin'
+    )) IS NULL THEN
+        COMMENT ON COLUMN power_logs.origin IS
+            'Where the row comes from: NULL for a reading, memory for what a meter remembered';
     END IF;
 END $$;
 
@@ -168,7 +241,7 @@ BEGIN
             ('power_cycles', 'timestamptz, timestamptz, interval, interval, float, interval',
              'median_v'),
             ('energy_by_day', 'timestamptz, timestamptz, text', 'energy_returned_wh'),
-            ('coverage', 'timestamptz, timestamptz, interval, float', 'resets'),
+            ('coverage', 'timestamptz, timestamptz, interval, float', 'from_memory'),
             ('power_series', 'timestamptz, timestamptz, interval', 'rows'),
             ('channels', '', 'device_name')
         ) AS list (name, arguments, newest_column)
@@ -404,6 +477,13 @@ RETURNS FLOAT LANGUAGE sql IMMUTABLE AS $$
     END
 $$;
 
+-- How many rows of row_length are not there between two rows `apart` from each other.
+CREATE OR REPLACE FUNCTION missing_rows(apart INTERVAL, row_length INTERVAL)
+RETURNS BIGINT LANGUAGE sql IMMUTABLE AS $$
+    SELECT round(date_part('epoch', apart - row_length)
+                 / date_part('epoch', row_length))::bigint
+$$;
+
 -- Since when a total lagged, if the power of the rows before explains its rise: the time of the
 -- first of them, or infinity if none was above min_power_w (then the rise belongs to no run).
 -- NULL if it did not lag.
@@ -574,6 +654,286 @@ LANGUAGE sql STABLE AS $$
     WHERE r.ends > since AND (r.ends - r.begins >= min_duration OR r.ends >= now() - gap)
 $$;
 
+-- ---- Quarters ----
+-- power_quarters holds the quarters of an hour of each channel, made from its rows: a fifteenth
+-- of the rows, so questions about long times are answered from it. It is made in the background
+-- ("Making quarters", below), and knows only rows before made_until. A rise or a gap belongs to
+-- the quarter of the row in which it begins. The last quarter of a channel is `open`: its last
+-- row has no next row yet. A row that is changed later leaves a mark in quarter_marks, and until
+-- the quarters that it touches are made again, they are worked out from rows. `final` is a
+-- quarter whose rows were deleted because of their age; it stays as it is.
+
+-- The table that the quarters belong to.
+CREATE OR REPLACE FUNCTION logs_table() RETURNS OID
+LANGUAGE sql STABLE SECURITY DEFINER AS $$
+    SELECT to_regclass('power_logs')::oid
+$$;
+
+-- Whether that is still the table which reports its changes. It may be another one by now, a
+-- restored one or one with partitions, or may have lost its triggers.
+CREATE OR REPLACE FUNCTION is_watched() RETURNS BOOLEAN
+LANGUAGE sql STABLE SECURITY DEFINER AS $$
+    SELECT EXISTS (
+        SELECT FROM quarter_state s
+        WHERE s.logs_oid = to_regclass('power_logs')::oid
+          AND (SELECT count(*) FROM pg_trigger t
+               WHERE t.tgrelid = s.logs_oid AND t.tgenabled IN ('O', 'A')
+                     AND t.tgname LIKE 'mark_changes_%') = 5)
+$$;
+
+-- Whoever may read power_logs may read what is made of it, through the views below. Neither the
+-- views nor the tables depend on power_logs, so it can be dropped and restored.
+CREATE OR REPLACE FUNCTION may_read_quarters() RETURNS BOOLEAN
+LANGUAGE sql STABLE AS $$
+    SELECT has_table_privilege(logs.oid, 'SELECT') AND NOT row_security_active(logs.oid)
+           AND logs.oid = to_regclass('power_logs')::oid
+    FROM (SELECT logs_table()) logs (oid)
+$$;
+
+CREATE OR REPLACE VIEW readable_quarters AS
+SELECT * FROM power_quarters WHERE (SELECT may_read_quarters());
+
+CREATE OR REPLACE VIEW readable_quarter_marks AS
+SELECT * FROM quarter_marks WHERE (SELECT may_read_quarters());
+
+-- Quarters before `usable_until` can be used. The newest one that is made is not among them: it
+-- is open for nearly every channel. While the table is being taken in, only final ones are.
+CREATE OR REPLACE VIEW readable_quarter_state AS
+SELECT CASE WHEN made_from = '-infinity' AND is_watched()
+            THEN made_until - INTERVAL '15 minutes'
+            ELSE final_until
+       END AS usable_until,
+       final_until
+FROM quarter_state
+WHERE (SELECT may_read_quarters());
+
+GRANT SELECT ON readable_quarters, readable_quarter_marks, readable_quarter_state TO PUBLIC;
+
+-- The first row of a channel after `at`, if it comes before `known_until`. The planner is told
+-- that this costs nearly nothing, since it is called for the last row of a channel alone.
+CREATE OR REPLACE FUNCTION reading_after(
+    device TEXT, component TEXT, at TIMESTAMPTZ, known_until TIMESTAMPTZ)
+RETURNS reading LANGUAGE plpgsql STABLE COST 1 AS $$
+DECLARE
+    next_reading reading;
+BEGIN
+    SELECT p.timestamp, p.energy_total_wh, p.energy_returned_wh INTO next_reading
+    FROM power_logs p
+    WHERE p.device_id = device AND p.channel = component
+      AND p.timestamp > reading_after.at AND p.timestamp < known_until
+    ORDER BY p.timestamp
+    LIMIT 1;
+    RETURN next_reading;
+END
+$$;
+
+-- The quarters that the rows of a window make. The rows before `since` and from `until` on are
+-- left out; but what follows the last row of a channel is looked up, up to `known_until`.
+-- total_wh and returned_wh are what the two counters rose from each row to the next, largest_wh
+-- is the largest such rise of the total. A gap lies between two rows more than 1.5 row_length
+-- apart: gap_began and gap_ended are the times of the two, and gap_power_w is the power of the
+-- first. resets are the times of the rows at which the total has been reset.
+CREATE OR REPLACE FUNCTION quarters_of_rows(
+    since TIMESTAMPTZ, until TIMESTAMPTZ, known_until TIMESTAMPTZ, row_length INTERVAL)
+RETURNS TABLE (device_id VARCHAR, channel VARCHAR, quarter TIMESTAMPTZ, rows BIGINT,
+               rows_from_memory BIGINT, sum_w FLOAT, min_w FLOAT, max_w FLOAT,
+               total_wh FLOAT, largest_wh FLOAT, returned_wh FLOAT,
+               first_row TIMESTAMPTZ, last_row TIMESTAMPTZ,
+               gap_began TIMESTAMPTZ[], gap_ended TIMESTAMPTZ[], gap_power_w FLOAT[],
+               resets TIMESTAMPTZ[], next_row TIMESTAMPTZ)
+LANGUAGE sql STABLE AS $$
+    WITH
+    -- The rows, each with the counters of its neighbours. The last one of a channel has no
+    -- neighbour here, so its next row is looked up.
+    neighbours AS (
+        SELECT p.device_id, p.channel, p.timestamp AS at, p.apower_w, p.origin,
+               lag(p.energy_total_wh) OVER w AS before_wh,
+               p.energy_total_wh AS wh, p.energy_returned_wh AS returned_wh,
+               lead(p.timestamp) OVER w AS next_at,
+               lead(p.energy_total_wh) OVER w AS next_wh,
+               lead(p.energy_returned_wh) OVER w AS next_returned_wh,
+               CASE WHEN lead(p.timestamp) OVER w IS NULL
+                    THEN reading_after(p.device_id, p.channel, p.timestamp, known_until)
+               END AS beyond
+        FROM power_logs p
+        WHERE p.timestamp >= since AND p.timestamp < until
+        WINDOW w AS (PARTITION BY p.device_id, p.channel ORDER BY p.timestamp)
+    ),
+    -- The same rows, with the next row of each.
+    readings AS (
+        SELECT n.device_id, n.channel, n.at, n.apower_w, n.origin,
+               n.before_wh, n.wh, n.returned_wh,
+               coalesce(n.next_at, (n.beyond).at) AS next_at,
+               coalesce(n.next_wh, (n.beyond).wh) AS next_wh,
+               coalesce(n.next_returned_wh, (n.beyond).returned_wh) AS next_returned_wh
+        FROM neighbours n
+    ),
+    -- The same rows, each with what happens until the next one.
+    steps AS (
+        SELECT r.*,
+               rise_to_next(r.device_id, r.channel, false, r.at,
+                            r.before_wh, r.wh, r.next_wh,
+                            date_part('epoch', r.next_at - r.at)) AS total_rise,
+               rise_to_next(r.device_id, r.channel, true, r.at,
+                            NULL, r.returned_wh, r.next_returned_wh,
+                            date_part('epoch', r.next_at - r.at)) AS returned_rise,
+               r.next_at - r.at > row_length * 1.5 AS is_gap,
+               r.next_wh < r.wh * 0.9
+               -- A fall to 0 undoes no wrong rise, so that need not be looked up.
+               AND NOT (r.next_wh > 0 AND comes_back(
+                   r.device_id, r.channel, false, r.at, r.wh, r.next_wh)) AS is_reset
+        FROM readings r
+    )
+    SELECT s.device_id, s.channel, date_bin('15 minutes', s.at, TIMESTAMPTZ 'epoch'),
+           count(*), count(*) FILTER (WHERE s.origin = 'memory'),
+           sum(s.apower_w), min(s.apower_w), max(s.apower_w),
+           sum(s.total_rise), max(s.total_rise), sum(s.returned_rise),
+           min(s.at), max(s.at),
+           array_agg(s.at) FILTER (WHERE s.is_gap),
+           array_agg(s.next_at) FILTER (WHERE s.is_gap),
+           array_agg(s.apower_w) FILTER (WHERE s.is_gap),
+           array_agg(s.next_at) FILTER (WHERE s.is_reset),
+           CASE WHEN bool_and(s.next_at IS NOT NULL) THEN max(s.next_at) END
+    FROM steps s
+    GROUP BY 1, 2, 3
+$$;
+
+-- The same of one channel. PostgreSQL cannot inline this function, so it can be called for each
+-- row of another table, and still reads that channel alone.
+CREATE OR REPLACE FUNCTION quarters_of_channel(
+    device TEXT, component TEXT, since TIMESTAMPTZ, until TIMESTAMPTZ, known_until TIMESTAMPTZ)
+RETURNS TABLE (device_id VARCHAR, channel VARCHAR, quarter TIMESTAMPTZ, rows BIGINT,
+               rows_from_memory BIGINT, sum_w FLOAT, min_w FLOAT, max_w FLOAT,
+               total_wh FLOAT, largest_wh FLOAT, returned_wh FLOAT,
+               first_row TIMESTAMPTZ, last_row TIMESTAMPTZ,
+               gap_began TIMESTAMPTZ[], gap_ended TIMESTAMPTZ[], gap_power_w FLOAT[],
+               resets TIMESTAMPTZ[], next_row TIMESTAMPTZ)
+LANGUAGE plpgsql STABLE ROWS 10 AS $$
+BEGIN
+    RETURN QUERY
+        SELECT q.* FROM quarters_of_rows(since, until, known_until, INTERVAL '1 minute') q
+        WHERE q.device_id = device AND q.channel = component;
+END
+$$;
+
+-- The quarters of a channel that a changed row touches: those that are marked, and that of the
+-- row before them, however far back, since that row has another next row now.
+CREATE OR REPLACE FUNCTION with_quarter_before(
+    device TEXT, component TEXT, marked TSTZMULTIRANGE)
+RETURNS TSTZMULTIRANGE LANGUAGE sql STABLE AS $$
+    SELECT marked + coalesce(range_agg(tstzrange(before.quarter,
+                                                 before.quarter + INTERVAL '15 minutes')),
+                             '{}'::tstzmultirange)
+    FROM unnest(marked) range, LATERAL (
+        SELECT date_bin('15 minutes', p.timestamp, TIMESTAMPTZ 'epoch') AS quarter
+        FROM power_logs p
+        WHERE p.device_id = with_quarter_before.device
+          AND p.channel = with_quarter_before.component
+          AND p.timestamp < lower(range) AND isfinite(p.timestamp)
+        ORDER BY p.timestamp DESC
+        LIMIT 1
+    ) before
+$$;
+
+-- For each channel the quarters that are not to be taken from power_quarters: what changed rows
+-- touch, an open quarter that has a next row by now, and one whose next row is too far after
+-- `until` for a rise.
+CREATE OR REPLACE FUNCTION stale_quarters(until TIMESTAMPTZ)
+RETURNS TABLE (device_id VARCHAR, channel VARCHAR, quarters TSTZMULTIRANGE)
+LANGUAGE sql STABLE AS $$
+    SELECT stale.device_id, stale.channel, range_agg(stale.range)
+    FROM (
+        SELECT m.device_id, m.channel,
+               unnest(with_quarter_before(m.device_id, m.channel,
+                                          range_agg(tstzrange(m.since, m.until)))) AS range
+        FROM readable_quarter_marks m
+        GROUP BY m.device_id, m.channel
+        UNION ALL
+        SELECT q.device_id, q.channel, tstzrange(q.quarter, q.quarter + INTERVAL '15 minutes')
+        FROM readable_quarters q
+        WHERE q.next_row IS NULL AND NOT q.final
+          AND (SELECT p.timestamp FROM power_logs p
+               WHERE p.device_id = q.device_id AND p.channel = q.channel
+                 AND p.timestamp > q.last_row
+               ORDER BY p.timestamp LIMIT 1) IS NOT NULL
+        UNION ALL
+        SELECT q.device_id, q.channel, tstzrange(q.quarter, q.quarter + INTERVAL '15 minutes')
+        FROM readable_quarters q
+        WHERE q.next_row - q.last_row > INTERVAL '1 day' AND NOT q.final
+          AND q.next_row >= stale_quarters.until + INTERVAL '1 day'
+          AND q.last_row < stale_quarters.until
+    ) stale
+    GROUP BY stale.device_id, stale.channel
+$$;
+
+-- What quarters_of_rows(since, until) returns, but whole quarters are taken from power_quarters
+-- if they are made. If they are not, or if row_length is not a minute, all comes from rows.
+CREATE OR REPLACE FUNCTION quarters_between(
+    since TIMESTAMPTZ, until TIMESTAMPTZ, row_length INTERVAL DEFAULT '1 minute')
+RETURNS TABLE (device_id VARCHAR, channel VARCHAR, quarter TIMESTAMPTZ, rows BIGINT,
+               rows_from_memory BIGINT, sum_w FLOAT, min_w FLOAT, max_w FLOAT,
+               total_wh FLOAT, largest_wh FLOAT, returned_wh FLOAT,
+               first_row TIMESTAMPTZ, last_row TIMESTAMPTZ,
+               gap_began TIMESTAMPTZ[], gap_ended TIMESTAMPTZ[], gap_power_w FLOAT[],
+               resets TIMESTAMPTZ[])
+LANGUAGE sql STABLE AS $$
+    WITH
+    -- One row: the time of the first whole quarter, and until when they are made and final.
+    whole AS (
+        SELECT w.first,
+               greatest(w.first, least(w.until, coalesce(s.usable_until, '-infinity')))
+                   AS made_until,
+               coalesce(s.final_until, '-infinity') AS final_until,
+               coalesce(s.usable_until > s.final_until, false) AS are_made
+        FROM (
+            SELECT date_bin('15 minutes', greatest(since, '0001-01-01 00:00+00')
+                                          + INTERVAL '14:59.999999',
+                            TIMESTAMPTZ 'epoch') AS first,
+                   date_bin('15 minutes', least(until, '9999-12-31 00:00+00'),
+                            TIMESTAMPTZ 'epoch') AS until
+        ) w
+        LEFT JOIN readable_quarter_state s ON row_length = INTERVAL '1 minute'
+        LIMIT 1
+    )
+    -- Quarters that are made and not stale. IS TRUE keeps the planner from a wrong index.
+    SELECT q.device_id, q.channel, q.quarter, q.rows::bigint, q.rows_from_memory::bigint,
+           q.sum_w, q.min_w, q.max_w, q.total_wh, q.largest_wh, q.returned_wh,
+           q.first_row, q.last_row, q.gap_began, q.gap_ended, q.gap_power_w, q.resets
+    FROM readable_quarters q LEFT JOIN stale_quarters(until) s USING (device_id, channel)
+    WHERE q.quarter >= since AND q.quarter < until
+      AND (q.quarter < (SELECT w.made_until FROM whole w)) IS TRUE
+      AND (q.final OR (q.quarter <@ s.quarters) IS NOT TRUE)
+    UNION ALL
+    -- Those that are stale.
+    SELECT s.device_id, s.channel, q.quarter, q.rows, q.rows_from_memory,
+           q.sum_w, q.min_w, q.max_w, q.total_wh, q.largest_wh, q.returned_wh,
+           q.first_row, q.last_row, q.gap_began, q.gap_ended, q.gap_power_w, q.resets
+    FROM whole w, stale_quarters(until) s,
+         LATERAL unnest(s.quarters * tstzmultirange(
+             tstzrange(w.first, w.made_until) * tstzrange(w.final_until, NULL))) range,
+         LATERAL quarters_of_channel(s.device_id, s.channel, lower(range), upper(range),
+                                     until + INTERVAL '1 day') q
+    UNION ALL
+    -- The rows around the whole quarters.
+    SELECT q.device_id, q.channel, q.quarter, q.rows, q.rows_from_memory,
+           q.sum_w, q.min_w, q.max_w, q.total_wh, q.largest_wh, q.returned_wh,
+           q.first_row, q.last_row, q.gap_began, q.gap_ended, q.gap_power_w, q.resets
+    FROM whole w,
+         LATERAL (VALUES (since, least(w.first, until)), (w.made_until, until))
+             around (begins, ends),
+         LATERAL quarters_of_rows(around.begins, around.ends,
+                                  until + INTERVAL '1 day', row_length) q
+    WHERE w.are_made
+    UNION ALL
+    -- All rows, if no quarters are made but final ones.
+    SELECT q.device_id, q.channel, q.quarter, q.rows, q.rows_from_memory,
+           q.sum_w, q.min_w, q.max_w, q.total_wh, q.largest_wh, q.returned_wh,
+           q.first_row, q.last_row, q.gap_began, q.gap_ended, q.gap_power_w, q.resets
+    FROM quarters_of_rows(since, until, until + INTERVAL '1 day', row_length) q
+    WHERE NOT (SELECT w.are_made FROM whole w)
+      AND (q.quarter < (SELECT w.final_until FROM whole w)) IS NOT TRUE
+$$;
+
 CREATE OR REPLACE FUNCTION energy_by_day(
     since TIMESTAMPTZ DEFAULT now() - INTERVAL '45 days',
     until TIMESTAMPTZ DEFAULT now(),
@@ -581,50 +941,26 @@ CREATE OR REPLACE FUNCTION energy_by_day(
 RETURNS TABLE (device_id TEXT, channel TEXT, day DATE, energy_wh FLOAT, rows BIGINT,
                energy_returned_wh FLOAT)
 LANGUAGE sql STABLE AS $$
-    WITH
-    -- The rows of the window and of the day after it, to which its last rows rise, each with
-    -- the counters of its neighbours.
-    readings AS (
-        SELECT p.device_id, p.channel, p.timestamp AS at,
-               lead(p.timestamp) OVER w AS next_at,
-               lag(p.energy_total_wh) OVER w AS before_wh,
-               p.energy_total_wh AS wh,
-               lead(p.energy_total_wh) OVER w AS next_wh,
-               p.energy_returned_wh AS returned_wh,
-               lead(p.energy_returned_wh) OVER w AS next_returned_wh
-        FROM power_logs p
-        WHERE p.timestamp >= since AND p.timestamp < until + INTERVAL '1 day'
-        WINDOW w AS (PARTITION BY p.device_id, p.channel ORDER BY p.timestamp)
-    ),
-    -- The rows in the window, each with the rise of both counters until the next one.
-    rises AS (
-        SELECT r.device_id, r.channel, r.at,
-               rise_to_next(r.device_id, r.channel, false, r.at,
-                            r.before_wh, r.wh, r.next_wh,
-                            date_part('epoch', r.next_at - r.at)) AS total_wh,
-               rise_to_next(r.device_id, r.channel, true, r.at,
-                            NULL, r.returned_wh, r.next_returned_wh,
-                            date_part('epoch', r.next_at - r.at)) AS returned_wh
-        FROM readings r
-        WHERE r.at < until
-    ),
-    -- One row per channel and quarter of an hour. In every zone a day begins with one, and a
-    -- quarter is converted to the zone much faster than its rows.
-    quarters AS (
-        SELECT r.device_id, r.channel,
-               date_bin('15 minutes', r.at, TIMESTAMPTZ 'epoch') AS quarter,
-               count(*) AS rows,
-               sum(r.total_wh) AS total_wh,
-               max(r.total_wh) AS largest_wh,
-               sum(r.returned_wh) AS returned_wh
-        FROM rises r
-        GROUP BY 1, 2, 3
-    )
     SELECT q.device_id::text, q.channel::text, (q.quarter AT TIME ZONE zone)::date,
            drawn_wh(q.channel, sum(q.total_wh), sum(q.returned_wh), max(q.largest_wh)),
            sum(q.rows)::bigint, sum(q.returned_wh)
-    FROM quarters q
+    FROM quarters_between(since, until) q
     GROUP BY q.device_id, q.channel, (q.quarter AT TIME ZONE zone)::date
+$$;
+
+CREATE OR REPLACE FUNCTION energy_by_month(
+    since TIMESTAMPTZ DEFAULT now() - INTERVAL '45 days',
+    until TIMESTAMPTZ DEFAULT now(),
+    zone TEXT DEFAULT current_setting('TimeZone'))
+RETURNS TABLE (device_id TEXT, channel TEXT, month DATE, energy_wh FLOAT, rows BIGINT,
+               energy_returned_wh FLOAT)
+LANGUAGE sql STABLE AS $$
+    SELECT q.device_id::text, q.channel::text,
+           date_trunc('month', q.quarter AT TIME ZONE zone)::date,
+           drawn_wh(q.channel, sum(q.total_wh), sum(q.returned_wh), max(q.largest_wh)),
+           sum(q.rows)::bigint, sum(q.returned_wh)
+    FROM quarters_between(since, until) q
+    GROUP BY q.device_id, q.channel, date_trunc('month', q.quarter AT TIME ZONE zone)::date
 $$;
 
 CREATE OR REPLACE FUNCTION coverage(
@@ -633,40 +969,48 @@ CREATE OR REPLACE FUNCTION coverage(
     row_length INTERVAL DEFAULT '1 minute',
     min_power_w FLOAT DEFAULT NULL)
 RETURNS TABLE (device_id TEXT, channel TEXT, first_row TIMESTAMPTZ, last_row TIMESTAMPTZ,
-               rows BIGINT, missing BIGINT, longest_gap INTERVAL, resets BIGINT)
+               rows BIGINT, missing BIGINT, longest_gap INTERVAL, resets BIGINT,
+               from_memory BIGINT)
 LANGUAGE sql STABLE AS $$
-    WITH
-    -- All rows in the window, each with the time and the counter of the next one.
-    readings AS (
-        SELECT p.device_id, p.channel, p.timestamp AS at, p.apower_w,
-               p.energy_total_wh AS wh,
-               lead(p.timestamp) OVER w AS next_at,
-               lead(p.energy_total_wh) OVER w AS next_wh
-        FROM power_logs p
-        WHERE p.timestamp >= since AND p.timestamp < until
-        WINDOW w AS (PARTITION BY p.device_id, p.channel ORDER BY p.timestamp)
-    ),
-    -- The same rows, each with the gap that follows; NULL if there is none, or if the channel
-    -- was off meanwhile.
-    gaps AS (
-        SELECT r.*,
-               CASE WHEN r.next_at - r.at > row_length * 1.5
-                         AND (abs(r.apower_w) <= min_power_w) IS NOT TRUE
-                    THEN r.next_at - r.at - row_length
-               END AS gap
-        FROM readings r
-    )
-    SELECT g.device_id::text, g.channel::text, min(g.at), max(g.at), count(*),
-           coalesce(sum(round(
-               date_part('epoch', g.gap) / date_part('epoch', row_length))), 0)::bigint,
-           coalesce(max(g.gap), INTERVAL '0'),
-           count(*) FILTER (
-               WHERE g.next_wh < g.wh * 0.9
-                 -- A fall to 0 undoes no wrong rise, so that need not be looked up.
-                 AND NOT (g.next_wh > 0 AND comes_back(
-                     g.device_id, g.channel, false, g.at, g.wh, g.next_wh)))
-    FROM gaps g
-    GROUP BY g.device_id, g.channel
+    SELECT q.device_id::text, q.channel::text, min(q.first_row), max(q.last_row),
+           sum(q.rows)::bigint,
+           coalesce(sum(CASE WHEN q.gap_began IS NOT NULL THEN (
+               SELECT sum(missing_rows(g.ended - g.began, row_length))
+               FROM unnest(q.gap_began, q.gap_ended, q.gap_power_w) g (began, ended, power_w)
+               WHERE g.ended < until AND (abs(g.power_w) <= min_power_w) IS NOT TRUE
+           ) END), 0)::bigint,
+           coalesce(max(CASE WHEN q.gap_began IS NOT NULL THEN (
+               SELECT max(g.ended - g.began) - row_length
+               FROM unnest(q.gap_began, q.gap_ended, q.gap_power_w) g (began, ended, power_w)
+               WHERE g.ended < until AND (abs(g.power_w) <= min_power_w) IS NOT TRUE
+           ) END), INTERVAL '0'),
+           coalesce(sum(CASE WHEN q.resets IS NOT NULL THEN (
+               SELECT count(*) FROM unnest(q.resets) reset WHERE reset < until
+           ) END), 0)::bigint,
+           coalesce(sum(q.rows_from_memory), 0)::bigint
+    FROM quarters_between(since, until, row_length) q
+    GROUP BY q.device_id, q.channel
+$$;
+
+CREATE OR REPLACE FUNCTION gaps(
+    since TIMESTAMPTZ DEFAULT now() - INTERVAL '45 days',
+    until TIMESTAMPTZ DEFAULT now(),
+    row_length INTERVAL DEFAULT '1 minute',
+    min_power_w FLOAT DEFAULT NULL)
+RETURNS TABLE (device_id TEXT, channel TEXT, kind TEXT, began_at TIMESTAMPTZ,
+               ended_at TIMESTAMPTZ, missing BIGINT)
+LANGUAGE sql STABLE AS $$
+    SELECT q.device_id::text, q.channel::text, g.kind, g.began_at, g.ended_at, g.missing
+    FROM quarters_between(since, until, row_length) q, LATERAL (
+        SELECT 'no data', g.began + row_length, g.ended,
+               missing_rows(g.ended - g.began, row_length)
+        FROM unnest(q.gap_began, q.gap_ended, q.gap_power_w) g (began, ended, power_w)
+        WHERE (abs(g.power_w) <= min_power_w) IS NOT TRUE
+        UNION ALL
+        SELECT 'reset', reset, reset, 0
+        FROM unnest(q.resets) reset
+    ) g (kind, began_at, ended_at, missing)
+    WHERE (q.gap_began IS NOT NULL OR q.resets IS NOT NULL) AND g.ended_at < until
 $$;
 
 -- Buckets begin at round times, so a chart looks the same when it is asked for a minute later.
@@ -678,21 +1022,31 @@ CREATE OR REPLACE FUNCTION power_series(
 RETURNS TABLE (device_id TEXT, channel TEXT, bucket TIMESTAMPTZ, mean_w FLOAT, max_w FLOAT,
                rows BIGINT)
 LANGUAGE sql STABLE AS $$
-    SELECT p.device_id::text, p.channel::text, p.bucket,
-           avg(p.apower_w), max(p.apower_w), count(*)
-    FROM (
-        SELECT p.device_id, p.channel, p.apower_w,
-               date_bin(chosen.width, p.timestamp, TIMESTAMPTZ 'epoch') AS bucket
-        FROM power_logs p, (
+    WITH
+    -- The width of a bucket, and whether it holds whole quarters of an hour: one row.
+    chosen AS (
+        SELECT c.width, date_part('epoch', c.width)::numeric % 900 = 0 AS is_quarters
+        FROM (
             SELECT coalesce(step, min(rounded.width), (until - since) / 1000) AS width
             FROM unnest(
                 '{1 s,5 s,15 s,1 min,2 min,5 min,10 min,15 min,30 min,
                   1 h,2 h,3 h,6 h,12 h,1 d,2 d,7 d}'::interval[]) AS rounded (width)
             WHERE rounded.width * 1499 >= until - since
-        ) chosen
-        WHERE p.timestamp >= since AND p.timestamp < until
-    ) p
-    GROUP BY p.device_id, p.channel, p.bucket
+        ) c
+    )
+    SELECT q.device_id::text, q.channel::text,
+           date_bin(c.width, q.quarter, TIMESTAMPTZ 'epoch'),
+           sum(q.sum_w) / sum(q.rows), max(q.max_w), sum(q.rows)::bigint
+    FROM chosen c, LATERAL quarters_between(since, until) q
+    WHERE c.is_quarters
+    GROUP BY q.device_id, q.channel, date_bin(c.width, q.quarter, TIMESTAMPTZ 'epoch')
+    UNION ALL
+    SELECT p.device_id::text, p.channel::text,
+           date_bin(c.width, p.timestamp, TIMESTAMPTZ 'epoch'),
+           avg(p.apower_w), max(p.apower_w), count(*)
+    FROM chosen c, power_logs p
+    WHERE NOT c.is_quarters AND p.timestamp >= since AND p.timestamp < until
+    GROUP BY p.device_id, p.channel, date_bin(c.width, p.timestamp, TIMESTAMPTZ 'epoch')
 $$;
 
 CREATE OR REPLACE FUNCTION channels()
@@ -722,12 +1076,20 @@ COMMENT ON FUNCTION energy_by_day IS
     'readings and late reports are allowed for), of a switch or pm1 less '
     'what was given back; rows: how many it has; energy_returned_wh: what was given back, '
     'NULL where a device does not report it. A day without rows is absent';
+COMMENT ON FUNCTION energy_by_month IS
+    'The same as energy_by_day for each device_id, channel and month (its first day) of zone: '
+    'energy_wh, rows, energy_returned_wh';
 COMMENT ON FUNCTION coverage IS
     'For each device_id and channel with rows in the window: first_row, last_row; rows; '
     'missing: how many rows of row_length are not there between the two; longest_gap; '
-    'resets of the counter, not counting a fall that undoes a wrong reading. '
+    'resets of the counter, not counting a fall that undoes a wrong reading; from_memory: '
+    'rows that a meter remembered while it was offline. '
     'With min_power_w (rows are kept only while something runs) a gap after a row at or '
     'below it is "off", not missing';
+COMMENT ON FUNCTION gaps IS
+    'What coverage counts, one by one, for each device_id and channel. kind is "no data": '
+    'between began_at and ended_at so many rows of row_length are missing; or "reset": the '
+    'counter was reset at began_at, which is also ended_at';
 COMMENT ON FUNCTION power_series IS
     'For charts: device_id, channel, bucket (its start, a round time of UTC), mean_w and '
     'max_w (mean and maximum of apower in it, W), rows in it. A bucket without rows is '
@@ -759,25 +1121,462 @@ LANGUAGE sql AS $$
     WHERE known.device_says IS DISTINCT FROM excluded.device_says
 $$;
 
--- Deletes some of the rows that are older than RETENTION_DAYS, the oldest first. If all rows
--- are that old, the clock is wrong, and none goes. A ctid finds a row quickly with any index.
--- In another partition the same ctid may be another row; that one is checked for its age, too.
-CREATE OR REPLACE FUNCTION forget_rows(days INT) RETURNS VOID
-LANGUAGE sql AS $$
-    DELETE FROM power_logs
-    WHERE timestamp < now() - days * INTERVAL '1 day'
-      AND ctid = ANY (ARRAY(
-          SELECT p.ctid FROM power_logs p
-          WHERE p.timestamp < now() - days * INTERVAL '1 day'
-          ORDER BY p.timestamp
-          LIMIT 5000))
-      AND (SELECT max(p.timestamp) FROM power_logs p) >= now() - days * INTERVAL '1 day'
+-- ---- Making quarters ----
+-- power_quarters depends only on the rows before made_until. make_quarters() does one of these
+-- steps at a time, each in a short transaction:
+--
+-- 1. watch_logs gives power_logs its triggers. From then on, each changed row before
+--    marked_until leaves a mark.
+-- 2. advance_mark moves marked_until on, at a moment when no transaction that has written rows
+--    is open; advance_quarters then makes the quarters up to there.
+-- 3. remake_marked makes quarters anew whose rows have changed.
+-- 4. take_in makes the quarters of older rows, the newest first, until made_from is -infinity.
+-- 5. keep_dropped declares final what a dropped partition has left.
+
+-- On power_logs, for each statement. A changed row touches its own quarter, that of the row
+-- before it, and those of the day after it, since a rise may be judged by rows a day back. The
+-- mark holds the first and the last of these; the row before may be another one by the time
+-- that the mark is used, so it is looked up then. The lock is kept until the end of the
+-- transaction. A transaction that may not see the newest marked_until marks every row.
+CREATE OR REPLACE FUNCTION mark_changes() RETURNS TRIGGER
+LANGUAGE plpgsql SECURITY DEFINER AS $$
+DECLARE
+    state quarter_state;
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared(7435359, 2);
+    SELECT * INTO state FROM quarter_state;
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        state.marked_until := 'infinity';
+    END IF;
+    IF TG_OP = 'TRUNCATE' THEN
+        INSERT INTO quarter_marks (device_id, channel, since, until, removes)
+        SELECT q.device_id, q.channel, '-infinity', 'infinity', true
+        FROM power_quarters q WHERE q.next_row IS NULL;
+        RETURN NULL;
+    END IF;
+    INSERT INTO quarter_marks (device_id, channel, since, until, removes)
+    SELECT c.device_id, c.channel,
+           date_bin('15 minutes', min(c.timestamp), TIMESTAMPTZ 'epoch'),
+           date_bin('15 minutes', max(c.timestamp), TIMESTAMPTZ 'epoch')
+               + INTERVAL '1 day 15 minutes',
+           TG_OP <> 'INSERT'
+    FROM changed_rows c
+    WHERE c.timestamp < state.marked_until AND c.timestamp >= state.final_until
+      AND isfinite(c.timestamp)
+    GROUP BY c.device_id, c.channel, date_bin('1 day', c.timestamp, TIMESTAMPTZ 'epoch');
+    RETURN NULL;
+END
 $$;
+
+-- This takes the owner's right, and a lock that waits for all writers.
+CREATE OR REPLACE FUNCTION watch_logs() RETURNS VOID
+LANGUAGE plpgsql AS $$
+BEGIN
+    SET LOCAL lock_timeout = '300ms';
+    CREATE OR REPLACE TRIGGER mark_changes_insert AFTER INSERT ON power_logs
+        REFERENCING NEW TABLE AS changed_rows
+        FOR EACH STATEMENT EXECUTE FUNCTION mark_changes();
+    CREATE OR REPLACE TRIGGER mark_changes_delete AFTER DELETE ON power_logs
+        REFERENCING OLD TABLE AS changed_rows
+        FOR EACH STATEMENT EXECUTE FUNCTION mark_changes();
+    CREATE OR REPLACE TRIGGER mark_changes_update_old AFTER UPDATE ON power_logs
+        REFERENCING OLD TABLE AS changed_rows
+        FOR EACH STATEMENT EXECUTE FUNCTION mark_changes();
+    CREATE OR REPLACE TRIGGER mark_changes_update_new AFTER UPDATE ON power_logs
+        REFERENCING NEW TABLE AS changed_rows
+        FOR EACH STATEMENT EXECUTE FUNCTION mark_changes();
+    CREATE OR REPLACE TRIGGER mark_changes_truncate AFTER TRUNCATE ON power_logs
+        FOR EACH STATEMENT EXECUTE FUNCTION mark_changes();
+    ALTER TABLE power_logs ENABLE TRIGGER mark_changes_insert,
+                           ENABLE TRIGGER mark_changes_delete,
+                           ENABLE TRIGGER mark_changes_update_old,
+                           ENABLE TRIGGER mark_changes_update_new,
+                           ENABLE TRIGGER mark_changes_truncate;
+    SET LOCAL lock_timeout TO DEFAULT;
+    DELETE FROM quarter_marks;
+    PERFORM start_anew();
+END
+$$;
+
+-- From now on no quarter counts as made, except final ones.
+CREATE OR REPLACE FUNCTION start_anew() RETURNS VOID
+LANGUAGE plpgsql AS $$
+DECLARE
+    start TIMESTAMPTZ := newest_end();
+BEGIN
+    UPDATE quarter_state
+    SET logs_oid = to_regclass('power_logs')::oid,
+        marked_until = start, made_until = start, made_from = start;
+    DELETE FROM power_quarters WHERE quarter >= start AND NOT final;
+END
+$$;
+
+-- Until when quarters may be made now. The rows of a minute come until some minutes later.
+CREATE OR REPLACE FUNCTION newest_end() RETURNS TIMESTAMPTZ
+LANGUAGE sql STABLE AS $$
+    SELECT date_bin('15 minutes',
+                    least(now(), coalesce(max(p.timestamp), '1970-01-02 00:00+00'))
+                        - INTERVAL '5 minutes',
+                    TIMESTAMPTZ 'epoch')
+    FROM power_logs p WHERE isfinite(p.timestamp)
+$$;
+
+-- Goes on by some 50,000 rows at most. Whoever writes rows holds the lock for the length of his
+-- transaction, so nobody who knows only the old marked_until is left when it is taken.
+CREATE OR REPLACE FUNCTION advance_mark() RETURNS VOID
+LANGUAGE plpgsql AS $$
+DECLARE
+    state quarter_state;
+    next_until TIMESTAMPTZ := newest_end();
+BEGIN
+    SELECT * INTO state FROM quarter_state;
+    SELECT least(next_until, greatest(date_bin('15 minutes', p.timestamp, TIMESTAMPTZ 'epoch'),
+                                      state.marked_until + INTERVAL '15 minutes'))
+    INTO next_until
+    FROM (VALUES (NULL)) one
+    LEFT JOIN LATERAL (
+        SELECT p.timestamp FROM power_logs p
+        WHERE p.timestamp >= state.marked_until AND p.timestamp < next_until
+        ORDER BY p.timestamp
+        OFFSET 50000 LIMIT 1
+    ) p ON true;
+    IF pg_try_advisory_xact_lock(7435359, 2) THEN
+        UPDATE quarter_state SET marked_until = next_until;
+    END IF;
+END
+$$;
+
+-- Open quarters are made anew where the next row is there by now: the newest ones all at once.
+CREATE OR REPLACE FUNCTION advance_quarters() RETURNS VOID
+LANGUAGE plpgsql AS $$
+DECLARE
+    state quarter_state;
+    newest_quarter TIMESTAMPTZ;
+    quarter RECORD;
+BEGIN
+    SELECT * INTO state FROM quarter_state;
+    newest_quarter := greatest(state.made_until - INTERVAL '15 minutes', state.final_until);
+    DELETE FROM power_quarters q
+    WHERE q.quarter >= newest_quarter AND q.quarter < state.marked_until AND NOT q.final;
+    INSERT INTO power_quarters
+    SELECT q.* FROM quarters_of_rows(
+        newest_quarter, state.marked_until, state.marked_until, INTERVAL '1 minute') q
+    ON CONFLICT DO NOTHING;
+    FOR quarter IN
+        SELECT q.device_id, q.channel, q.quarter AS since
+        FROM power_quarters q
+        WHERE q.next_row IS NULL AND NOT q.final AND q.quarter < newest_quarter
+          AND EXISTS (SELECT FROM power_logs p
+                      WHERE p.device_id = q.device_id AND p.channel = q.channel
+                        AND p.timestamp > q.last_row AND p.timestamp < state.marked_until)
+    LOOP
+        PERFORM make_anew(quarter.device_id, quarter.channel, quarter.since,
+                          quarter.since + INTERVAL '15 minutes', state.marked_until);
+    END LOOP;
+    UPDATE quarter_state SET made_until = state.marked_until;
+END
+$$;
+
+-- Makes the quarters of a channel between two times, from rows before `known_until`.
+CREATE OR REPLACE FUNCTION make_anew(
+    device TEXT, component TEXT, since TIMESTAMPTZ, until TIMESTAMPTZ, known_until TIMESTAMPTZ)
+RETURNS VOID LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM power_quarters q
+    WHERE q.device_id = device AND q.channel = component
+      AND q.quarter >= since AND q.quarter < until AND NOT q.final;
+    INSERT INTO power_quarters
+    SELECT q.* FROM quarters_of_channel(device, component, since, until, known_until) q
+    ON CONFLICT DO NOTHING;
+END
+$$;
+
+-- Goes through the marks channel by channel, some 31 days at a time, for 0.3 s. A mark that is
+-- set meanwhile stays for the next call.
+CREATE OR REPLACE FUNCTION remake_marked() RETURNS VOID
+LANGUAGE plpgsql AS $$
+DECLARE
+    state quarter_state;
+    mark quarter_marks;
+    touched TSTZMULTIRANGE;
+    removes BOOLEAN;
+    range TSTZRANGE;
+    ends TIMESTAMPTZ := clock_timestamp() + INTERVAL '0.3 s';
+BEGIN
+    SELECT * INTO state FROM quarter_state;
+    LOOP
+        -- From the last mark on, since deleted ones are still in the index.
+        SELECT m.* INTO mark FROM quarter_marks m
+        WHERE mark IS NULL
+           OR (m.device_id, m.channel, m.since) >= (mark.device_id, mark.channel, mark.since)
+        ORDER BY m.device_id, m.channel, m.since
+        LIMIT 1;
+        EXIT WHEN NOT FOUND;
+        WITH taken AS (
+            DELETE FROM quarter_marks m
+            WHERE m.device_id = mark.device_id AND m.channel = mark.channel
+              AND m.since <= mark.since + INTERVAL '31 days'
+            RETURNING m.*
+        )
+        SELECT range_agg(tstzrange(t.since, t.until)), bool_or(t.removes)
+        INTO touched, removes
+        FROM taken t;
+        touched := with_quarter_before(mark.device_id, mark.channel, touched)
+            * tstzmultirange(tstzrange(greatest(state.final_until, '0001-01-01 00:00+00'),
+                                       state.made_until));
+        IF NOT removes THEN
+            PERFORM keep_vanished(mark.device_id, mark.channel, touched);
+        END IF;
+        FOR range IN SELECT unnest(touched) LOOP
+            PERFORM make_anew(mark.device_id, mark.channel, lower(range), upper(range),
+                              state.made_until);
+        END LOOP;
+        EXIT WHEN clock_timestamp() > ends;
+    END LOOP;
+END
+$$;
+
+-- Where rows have vanished without a mark, their partition was dropped. What is known of them
+-- then stays, even if a late row comes.
+CREATE OR REPLACE FUNCTION keep_vanished(
+    device TEXT, component TEXT, touched TSTZMULTIRANGE)
+RETURNS VOID LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE power_quarters q SET final = true
+    WHERE q.device_id = device AND q.channel = component
+      AND q.quarter >= lower(touched) AND q.quarter < upper(touched)
+      AND q.quarter <@ touched AND NOT q.final
+      AND q.rows > (
+          SELECT count(*) FROM power_logs p
+          WHERE p.device_id = device AND p.channel = component
+            AND p.timestamp >= q.quarter AND p.timestamp < q.quarter + INTERVAL '15 minutes')
+      AND NOT EXISTS (
+          SELECT FROM quarter_marks m
+          WHERE m.device_id = device AND m.channel = component AND m.removes
+            AND m.since <= q.quarter AND m.until > q.quarter);
+END
+$$;
+
+-- Takes in some 50,000 rows.
+CREATE OR REPLACE FUNCTION take_in() RETURNS VOID
+LANGUAGE plpgsql AS $$
+DECLARE
+    state quarter_state;
+    first_quarter TIMESTAMPTZ;
+    deleted BIGINT;
+BEGIN
+    SELECT * INTO state FROM quarter_state;
+    SELECT least(date_bin('15 minutes', p.timestamp, TIMESTAMPTZ 'epoch'),
+                 state.made_from - INTERVAL '15 minutes')
+    INTO first_quarter
+    FROM power_logs p
+    WHERE p.timestamp < state.made_from AND p.timestamp >= state.final_until
+      AND isfinite(p.timestamp)
+    ORDER BY p.timestamp DESC
+    OFFSET 50000 LIMIT 1;
+    -- Old quarters may be many: there may be no rows any more from which they were made.
+    DELETE FROM power_quarters WHERE ctid = ANY (ARRAY(
+        SELECT q.ctid FROM power_quarters q
+        WHERE (q.quarter >= first_quarter) IS NOT FALSE AND q.quarter < state.made_from
+          AND NOT q.final
+        LIMIT 20000));
+    GET DIAGNOSTICS deleted = ROW_COUNT;
+    IF deleted < 20000 THEN
+        INSERT INTO power_quarters
+        SELECT q.* FROM quarters_of_rows(
+            greatest(first_quarter, state.final_until, '0001-01-01 00:00+00'),
+            state.made_from, state.made_until, INTERVAL '1 minute') q
+        ON CONFLICT DO NOTHING;
+        UPDATE quarter_state SET made_from = coalesce(first_quarter, '-infinity');
+    END IF;
+END
+$$;
+
+-- Quarters older than every row are those of dropped partitions, since a DELETE leaves a mark.
+CREATE OR REPLACE FUNCTION keep_dropped() RETURNS VOID
+LANGUAGE plpgsql AS $$
+DECLARE
+    state quarter_state;
+    oldest TIMESTAMPTZ;
+    kept BIGINT;
+BEGIN
+    SELECT * INTO state FROM quarter_state;
+    SELECT date_bin('15 minutes', min(p.timestamp), TIMESTAMPTZ 'epoch') INTO oldest
+    FROM power_logs p WHERE isfinite(p.timestamp);
+    IF NOT EXISTS (
+        SELECT FROM power_quarters q
+        WHERE q.quarter >= state.final_until AND q.quarter < oldest)
+    THEN
+        RETURN;
+    END IF;
+    UPDATE power_quarters SET final = true WHERE ctid = ANY (ARRAY(
+        SELECT q.ctid FROM power_quarters q
+        WHERE q.quarter >= state.final_until AND q.quarter < oldest AND NOT q.final
+          AND NOT EXISTS (SELECT FROM quarter_marks)
+          AND oldest <= (SELECT min(p.timestamp) FROM power_logs p
+                         WHERE isfinite(p.timestamp))
+        LIMIT 20000));
+    GET DIAGNOSTICS kept = ROW_COUNT;
+    UPDATE quarter_state SET final_until = oldest
+    WHERE kept = 0 AND NOT EXISTS (
+        SELECT FROM power_quarters q
+        WHERE q.quarter >= state.final_until AND q.quarter < oldest AND NOT q.final);
+END
+$$;
+
+-- Does the next step, one collector at a time. Returns how far the quarters are made, or why
+-- there are none.
+CREATE OR REPLACE FUNCTION make_quarters() RETURNS TEXT
+LANGUAGE plpgsql SECURITY DEFINER
+SET plan_cache_mode = force_custom_plan SET jit = off SET max_parallel_workers_per_gather = 0
+AS $$
+DECLARE
+    state quarter_state;
+BEGIN
+    SELECT * INTO state FROM quarter_state;
+    IF NOT pg_try_advisory_xact_lock(7435359, 1) THEN
+        NULL;
+    ELSIF NOT is_watched() THEN
+        BEGIN
+            PERFORM watch_logs();
+        EXCEPTION
+            WHEN insufficient_privilege OR wrong_object_type OR feature_not_supported
+              OR lock_not_available OR undefined_table THEN
+                RETURN 'none: ' || SQLERRM;
+        END;
+    ELSIF state.made_until > now() + INTERVAL '1 hour' THEN
+        -- The clock has been wrong.
+        PERFORM start_anew();
+    ELSIF state.made_until = state.marked_until AND state.marked_until < newest_end() THEN
+        -- Alone in its transaction, since writers wait for its lock.
+        PERFORM advance_mark();
+    ELSE
+        IF state.made_until < state.marked_until THEN
+            PERFORM advance_quarters();
+        END IF;
+        PERFORM remake_marked();
+        IF state.made_from > '-infinity' THEN
+            PERFORM take_in();
+        ELSE
+            PERFORM keep_dropped();
+        END IF;
+    END IF;
+    SELECT * INTO state FROM quarter_state;
+    IF state.made_from = '-infinity' THEN
+        RETURN 'all made';
+    END IF;
+    RETURN 'made back to ' || to_char(state.made_from AT TIME ZONE 'UTC', 'YYYY-MM-DD');
+END
+$$;
+
+-- For rows that were written, or attached, straight to a partition, which sets no mark.
+CREATE OR REPLACE FUNCTION remake_quarters(since TIMESTAMPTZ, until TIMESTAMPTZ) RETURNS VOID
+LANGUAGE sql AS $$
+    INSERT INTO quarter_marks (device_id, channel, since, until, removes)
+    SELECT c.device_id, c.channel, m.since, m.since + INTERVAL '32 days', true
+    FROM (
+        SELECT n.device_id, n.channel FROM newest_rows() n
+        UNION
+        SELECT q.device_id, q.channel FROM power_quarters q WHERE q.next_row IS NULL
+    ) c
+    CROSS JOIN generate_series(
+        date_bin('15 minutes', greatest(since, least(
+            (SELECT min(p.timestamp) FROM power_logs p WHERE isfinite(p.timestamp)),
+            (SELECT min(q.quarter) FROM power_quarters q))), TIMESTAMPTZ 'epoch'),
+        least(until, (SELECT s.made_until FROM quarter_state s)),
+        INTERVAL '31 days') m (since)
+$$;
+
+-- Declares some quarters before `cut` final, as soon as no rows of the ones before are left.
+-- Returns the time before which rows may be deleted.
+CREATE OR REPLACE FUNCTION finish_quarters(cut TIMESTAMPTZ) RETURNS TIMESTAMPTZ
+LANGUAGE plpgsql SECURITY DEFINER AS $$
+DECLARE
+    state quarter_state;
+    next_until TIMESTAMPTZ;
+BEGIN
+    SELECT * INTO state FROM quarter_state;
+    IF state.logs_oid IS NULL THEN
+        -- There are no quarters to be kept.
+        RETURN cut;
+    END IF;
+    IF NOT has_table_privilege(session_user, 'power_logs', 'DELETE')
+       OR NOT pg_try_advisory_xact_lock(7435359, 1)
+       OR state.made_from > '-infinity' OR NOT is_watched()
+       OR EXISTS (SELECT FROM power_logs p WHERE p.timestamp < state.final_until)
+    THEN
+        RETURN least(cut, state.final_until);
+    END IF;
+    -- Some 5,000 rows, but at least a quarter.
+    SELECT least(cut, state.made_until - INTERVAL '15 minutes', greatest(
+               date_bin('15 minutes', max(p.timestamp), TIMESTAMPTZ 'epoch'),
+               date_bin('15 minutes', min(p.timestamp), TIMESTAMPTZ 'epoch')
+                   + INTERVAL '15 minutes'))
+    INTO next_until
+    FROM (
+        SELECT p.timestamp FROM power_logs p
+        WHERE isfinite(p.timestamp)
+        ORDER BY p.timestamp
+        LIMIT 5000
+    ) p;
+    IF next_until > state.final_until
+       AND NOT EXISTS (SELECT FROM quarter_marks m WHERE m.since < next_until)
+    THEN
+        UPDATE power_quarters q SET final = true
+        WHERE q.quarter >= state.final_until AND q.quarter < next_until AND NOT q.final;
+        UPDATE quarter_state SET final_until = next_until;
+        RETURN next_until;
+    END IF;
+    RETURN least(cut, state.final_until);
+END
+$$;
+
+-- Deletes some of the rows that are older than RETENTION_DAYS, the oldest first, by whole
+-- quarters of an hour. If all rows are that old, the clock is wrong, and none goes. A ctid finds
+-- a row quickly with any index. In another partition the same ctid may be another row; that one
+-- is checked for its age, too.
+CREATE OR REPLACE FUNCTION forget_rows(days INT) RETURNS VOID
+LANGUAGE plpgsql AS $$
+DECLARE
+    cut TIMESTAMPTZ := date_bin('15 minutes', now() - days * INTERVAL '1 day',
+                                TIMESTAMPTZ 'epoch');
+BEGIN
+    IF (SELECT max(p.timestamp) FROM power_logs p) >= cut THEN
+        cut := finish_quarters(cut);
+        DELETE FROM power_logs
+        WHERE timestamp < cut
+          AND ctid = ANY (ARRAY(
+              SELECT p.ctid FROM power_logs p
+              WHERE p.timestamp < cut
+              ORDER BY p.timestamp
+              LIMIT 5000));
+    END IF;
+END
+$$;
+
+-- A function that runs with its owner's rights looks for tables where they are now, and in
+-- pg_temp last of all: otherwise a caller's temporary table could take their place.
+DO $$
+DECLARE
+    function_name REGPROCEDURE;
+    places TEXT := (SELECT string_agg(quote_ident(name), ', ')
+                    FROM unnest(current_schemas(false)) name);
+BEGIN
+    FOR function_name IN
+        SELECT oid FROM pg_proc
+        WHERE prosecdef AND pronamespace = current_schema()::regnamespace
+          AND proname IN ('logs_table', 'is_watched', 'mark_changes', 'make_quarters',
+                          'finish_quarters')
+    LOOP
+        EXECUTE format('ALTER FUNCTION %s SET search_path = %s, pg_temp',
+                       function_name, places);
+    END LOOP;
+END $$;
 
 -- The version of this file: raise it with each change. The collector applies the file to a
 -- database that holds a lower one. Functions that only older versions have (power_answer,
 -- counter_rise) are not dropped: an older collector beside this one may use them, and so may
 -- questions that were renamed above.
-CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 5';
+CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 6';
 
 COMMIT;

@@ -81,6 +81,7 @@ from process import (
     raise_descriptor_limit,
     start_log,
 )
+from quarters import Quarters, keep_making_quarters
 from settings import Settings, links, page_token, read_env_file, read_settings
 from upkeep import Configs, maintain_table
 
@@ -387,6 +388,7 @@ class Collector:
     decoders: dict[str, list[ChannelDecoder]]
     # What devices say of their names, until the table has it.
     configs: Configs
+    quarters: Quarters
     interval_s: float
     # How far from the minute that it names a frame may come. Beyond that the name is
     # ignored.
@@ -435,6 +437,7 @@ def make_collector(settings: Settings) -> Collector:
         outbox=Outbox(Path(settings.data_dir)),
         decoders=decoders,
         configs=Configs(decoders),
+        quarters=Quarters(),
         interval_s=interval_s,
         clock_error_s=min(MAX_CLOCK_ERROR, interval_s / 3),
         early_s=min(0.25, interval_s / 240),
@@ -1326,6 +1329,7 @@ def health(collector: Collector, devices: int, query: str) -> tuple[int, str]:
         f"rows waiting: {len(collector.outbox)}",
         f"last write: {last_write}",
         f"rows dropped: {collector.outbox.dropped}",
+        f"quarters: {collector.quarters.summary()}",
     ]
     status = 200
     silent = dict(parse_qsl(query)).get("silent")
@@ -1481,6 +1485,11 @@ async def run(settings: Settings) -> int:
                 collector.configs,
                 settings.retention_days,
                 collector.complaints,
+            )
+        ),
+        asyncio.create_task(
+            keep_making_quarters(
+                partial(query_pool, collector), collector.quarters, collector.complaints
             )
         ),
         asyncio.create_task(stop.wait()),

@@ -22,14 +22,18 @@ COLUMNS = (
 ORDER = {
     "power_cycles": "started_at",
     "energy_by_day": "day",
+    "energy_by_month": "month",
     "coverage": "first_row",
+    "gaps": "began_at",
     "power_series": "bucket",
 }
 QUESTIONS = {
     "power_cycles": ("since until gap min_duration min_power_w row_length",
         "device_id channel started_at ended_at ongoing complete energy_wh mean_w max_w mean_a median_v"),
     "energy_by_day": ("since until zone", "device_id channel day energy_wh rows energy_returned_wh"),
-    "coverage": ("since until row_length min_power_w", "device_id channel first_row last_row rows missing longest_gap resets"),
+    "energy_by_month": ("since until zone", "device_id channel month energy_wh rows energy_returned_wh"),
+    "coverage": ("since until row_length min_power_w", "device_id channel first_row last_row rows missing longest_gap resets from_memory"),
+    "gaps": ("since until row_length min_power_w", "device_id channel kind began_at ended_at missing"),
     "power_series": ("since until step", "device_id channel bucket mean_w max_w rows"),
     "newest_rows": ("", "device_id channel name timestamp apower_w energy_total_wh"),
     "channels": ("", "device_id channel name timestamp apower_w energy_total_wh device_name"),
@@ -37,10 +41,13 @@ QUESTIONS = {
 
 
 class Table:
-    """power_logs in a transaction that is rolled back; the first question makes it read-only."""
+    """power_logs in a transaction that is rolled back; the first question makes it read-only.
 
-    def __init__(self, conn):
+    With `quarters`, the first question is asked when they are made."""
+
+    def __init__(self, conn, quarters):
         self.conn = conn
+        self.quarters = quarters
 
     def store(self, rows):
         """Rows of COLUMNS; what was given back may follow."""
@@ -83,10 +90,18 @@ class Table:
     def ask(self, question, columns="*", **given):
         arguments = ", ".join(f"{name} => %({name})s" for name in given)
         order = ", ".join(["device_id", "channel", *ORDER.get(question, "").split()])
+        if self.quarters:
+            self.make_quarters()
         self.conn.execute("SET LOCAL transaction_read_only = on")
         return self.conn.execute(
             f"SELECT {columns} FROM {question}({arguments}) ORDER BY {order}", given
         ).fetchall()
+
+    def make_quarters(self):
+        self.quarters = False
+        progress = ""
+        while progress != "all made":
+            (progress,) = self.conn.execute("SELECT make_quarters()").fetchone()
 
     def runs(self, *more, **given):
         """(first minute, last minute, Wh, more columns) of each run, minutes since NOON."""
@@ -116,10 +131,11 @@ def prepared():
         conn.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-@pytest.fixture
-def table(prepared):
+@pytest.fixture(params=["rows", "quarters"])
+def table(prepared, request):
+    """Each question has the same answer from rows as from quarters of an hour."""
     with psycopg.connect(prepared, options="-c timezone=UTC") as conn:
-        yield Table(conn)
+        yield Table(conn, request.param == "quarters")
         conn.rollback()
 
 
@@ -731,6 +747,8 @@ def test_by_default_the_last_45_days_are_asked_for(table, question):
         assert table.ask(question, "started_at, ongoing, complete") == [
             (now - 44 * DAY, False, True)
         ]
+    elif question == "gaps":
+        assert table.ask(question) == []
     else:
         assert sum(rows for (rows,) in table.ask(question, "rows")) == 5
 
@@ -1119,7 +1137,13 @@ def test_what_is_asked_of_one_device_reads_only_its_part_of_the_index(
         f"INSERT INTO power_logs ({COLUMNS}) SELECT now() - n * interval '1 minute', 'device' || d, 'switch:0', 1, 1, 1, 1"
         " FROM generate_series(1, 1000) n, generate_series(1, 30) d"
     )
+    if table.quarters:
+        table.make_quarters()
+        assert table.conn.execute(
+            "SELECT count(*) > 1000 FROM power_quarters"
+        ).fetchone() == (True,)
     table.conn.execute("ANALYZE power_logs")
+    table.conn.execute("ANALYZE power_quarters")
     plan = table.conn.execute(
         f"EXPLAIN SELECT * FROM {question}({arguments}) WHERE device_id = 'device7'"
     ).fetchall()
@@ -1127,6 +1151,7 @@ def test_what_is_asked_of_one_device_reads_only_its_part_of_the_index(
     assert (
         f"Function Scan on {question}" not in plan
         and "Seq Scan on power_logs" not in plan
+        and "Seq Scan on power_quarters" not in plan
     ), plan
     assert re.search(r"Index Cond: .*device_id.*'device7'", plan), plan
 
@@ -1139,7 +1164,7 @@ def test_who_may_only_read_the_two_tables_may_ask(table):
     table.conn.execute(f"SET LOCAL ROLE {role}")
     assert {
         question: len(table.ask(question)) for question in QUESTIONS
-    } == dict.fromkeys(QUESTIONS, 1)
+    } == dict.fromkeys(QUESTIONS, 1) | {"gaps": 0}
 
 
 # ---- What was given back on each day.

@@ -110,6 +110,7 @@ async def test_the_table_is_made_with_its_columns_and_indexes(database):
         ("energy_total_wh", "double precision", None, "NO"),
         ("created_at", "timestamp with time zone", None, "YES"),
         ("energy_returned_wh", "double precision", None, "YES"),
+        ("origin", "text", None, "YES"),
     ]
     assert indexes(database) >= PARTS
 
@@ -907,6 +908,9 @@ async def test_the_schema_applied_again_leaves_what_the_owner_said_and_named(dat
         assert sorted(found.fetchall()) == [
             ("public", "channel_names"),
             ("public", "power_logs"),
+            ("public", "power_quarters"),
+            ("public", "quarter_marks"),
+            ("public", "quarter_state"),
         ]
 
 
