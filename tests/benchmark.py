@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure what the collector costs.
 
-    python tests/benchmark.py            # all scenarios, some ten minutes
+    python tests/benchmark.py            # all but village, some ten minutes
     python tests/benchmark.py fleet      # one of them
 
     stream   processor time per frame: minute frames and deltas as fast as they are
@@ -16,6 +16,10 @@
     table    speed of inserts, of "one channel, last 24 h" and of newest_rows() with one
              channel dead for 44 days, in a table of 1 and 5 million rows, and bytes per
              row; and the page's questions about 45 days of one device
+    village  the page's questions over HTTP, from quarters and from rows, the best of
+             five: forty devices and --days, one device and three years, 1,000 devices
+             and a day, each in a database of its own that fill.py fills; some ten
+             minutes
 
 The first three are measured beside a bare websockets server that only counts frames,
 which shows the library's own limit. Its rounds and the collector's take turns, as the
@@ -37,19 +41,24 @@ import sys
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
 
 import msgspec
 import psutil
 import psycopg
+from psycopg import sql
 from websockets.asyncio.client import ClientConnection, connect
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import fill  # noqa: E402
 import raw_client  # noqa: E402
 from raw_client import (  # noqa: E402
     CHANNELS_OF_A_DEVICE,
@@ -61,7 +70,9 @@ from raw_client import (  # noqa: E402
     this_minute,
 )
 
+import answers  # noqa: E402
 from outbox import BATCH_SIZE  # noqa: E402
+from settings import read_settings  # noqa: E402
 from shelly_collector import FIRST_ROW_WINS, INSERT  # noqa: E402
 from support import Postgres, free_port  # noqa: E402
 
@@ -129,6 +140,13 @@ def server(name: str, dsn: str, interval_s: float = 60) -> Iterator[Server]:
     with psycopg.connect(dsn, autocommit=True) as conn:
         make_table(conn)
         conn.execute("CHECKPOINT")
+    with server_of_table(name, dsn, interval_s) as one:
+        yield one
+
+
+@contextlib.contextmanager
+def server_of_table(name: str, dsn: str, interval_s: float = 60) -> Iterator[Server]:
+    """Start the same with the table as it is."""
     if name == "bare":
         command = [sys.executable, "-c", BARE_SERVER]
         stderr = subprocess.DEVNULL
@@ -678,6 +696,214 @@ def peak_rss(one: Server) -> int:
     raise OSError("the system does not say how much memory a process had")
 
 
+# ---- A village ---------------------------------------------------------------
+ZONE = ZoneInfo("Europe/Paris")
+DAY = timedelta(days=1)
+TRIES = 5
+
+
+class PageQuestion(NamedTuple):
+    """A question as the page asks it."""
+
+    title: str
+    # As in /data/NAME.json.
+    name: str
+    parameters: dict[str, str]
+
+
+class VillageTable(NamedTuple):
+    """A table, and what is asked about it."""
+
+    title: str
+    plan: fill.Plan
+    questions: list[PageQuestion]
+
+
+class Refused(Exception):
+    """The collector did not answer with rows; the text says why."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def from_moment(time_: datetime) -> dict[str, str]:
+    return {"since": time_.isoformat()}
+
+
+def from_midnight(time_: datetime) -> dict[str, str]:
+    """Return since when the page asks for energies: from midnight on."""
+    midnight = time_.astimezone(ZONE).replace(hour=0, minute=0)
+    return {"since": midnight.isoformat(), "zone": ZONE.key}
+
+
+def many_devices(days: int) -> VillageTable:
+    until = fill.this_minute()
+    since = from_moment(until - days * DAY)
+    since_midnight = from_midnight(until - days * DAY)
+    device = {"device": fill.device_id_of(7)}
+    # About as many buckets as the page has room for beside so many channels.
+    step = {"step": str(days * 240)}
+    return VillageTable(
+        f"40 devices, {days} days",
+        fill.Plan(days=days, devices=40, channels=4, until=until, seed=1),
+        [
+            PageQuestion("energy per day of all", "energy", since_midnight),
+            PageQuestion("coverage of all", "coverage", since),
+            PageQuestion("gaps of all", "gaps", since),
+            PageQuestion("chart of all, no step", "power", since),
+            PageQuestion("chart of all, a step of the page", "power", since | step),
+            PageQuestion("energy per day of one", "energy", since_midnight | device),
+            PageQuestion("coverage of one", "coverage", since | device),
+            PageQuestion("chart of one, no step", "power", since | device),
+        ],
+    )
+
+
+def many_years() -> VillageTable:
+    until = fill.this_minute()
+    days = 3 * 365
+    return VillageTable(
+        "one device, three years",
+        fill.Plan(days=days, devices=1, channels=4, until=until, seed=1),
+        [
+            PageQuestion("months", "months", from_midnight(until - days * DAY)),
+            PageQuestion("energy per day", "energy", from_midnight(until - days * DAY)),
+            PageQuestion(
+                "chart of a year, no step", "power", from_moment(until - 365 * DAY)
+            ),
+        ],
+    )
+
+
+def many_channels() -> VillageTable:
+    until = fill.this_minute()
+    return VillageTable(
+        "1,000 devices, a day",
+        fill.Plan(days=1, devices=1000, channels=4, until=until, seed=1),
+        [
+            PageQuestion("newest rows", "channels", {}),
+            # The last 24 hours, so that the figure does not depend on the time of day.
+            PageQuestion(
+                "energy of a day",
+                "energy",
+                from_moment(until - DAY) | {"zone": ZONE.key},
+            ),
+        ],
+    )
+
+
+def village(dsn: str, table: VillageTable) -> list[list[str]]:
+    """Measure a table; return the report's lines: question, from quarters, from rows."""
+    with own_database(dsn) as own_dsn:
+        progress(f"{table.title}: filling")
+        began = time.perf_counter()
+        rows = fill.fill(own_dsn, table.plan)
+        fill_s = time.perf_counter() - began
+        with psycopg.connect(own_dsn, autocommit=True) as conn:
+            conn.execute("VACUUM ANALYZE power_logs")
+            conn.execute("CHECKPOINT")
+        with server_of_table("collector", own_dsn):
+            from_quarters = [""] * len(table.questions)
+            if has_quarters(own_dsn):
+                progress(f"{table.title}: waiting for the quarters")
+                wait_for_quarters(own_dsn)
+                from_quarters = best_of_each(own_dsn, table, "quarters")
+                answer_from_rows(own_dsn)
+            from_rows = best_of_each(own_dsn, table, "rows")
+    filled = f"{rows / 1e6:.1f} million rows, filled in {fill_s:.0f} s"
+    lines = [[f"**{table.title}**, {filled}", "", ""]]
+    titles = [question.title for question in table.questions]
+    for line in zip(titles, from_quarters, from_rows, strict=True):
+        lines.append(list(line))
+    return lines
+
+
+@contextlib.contextmanager
+def own_database(dsn: str) -> Iterator[str]:
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute("CREATE DATABASE village")
+        try:
+            yield psycopg.conninfo.make_conninfo(dsn, dbname="village")
+        finally:
+            conn.execute("DROP DATABASE village WITH (FORCE)")
+
+
+def has_quarters(dsn: str) -> bool:
+    """Return whether this version of the collector has quarters at all."""
+    with psycopg.connect(dsn) as conn:
+        cursor = conn.execute("SELECT to_regclass('power_quarters') IS NOT NULL")
+        return cursor.fetchone() == (True,)
+
+
+def wait_for_quarters(dsn: str) -> None:
+    """Return once the running collector has made the quarters of all rows."""
+    # TODO: wait for what the line `quarters:` of GET / then says.
+    raise NotImplementedError
+
+
+def answer_from_rows(dsn: str) -> None:
+    """Have all questions answered from rows from now on, whoever asks them: the running
+    collector, and new connections to this database."""
+    # TODO: how is that forced?
+    raise NotImplementedError
+
+
+def best_of_each(dsn: str, table: VillageTable, source: str) -> list[str]:
+    """Return the best time of each question in ms, or why it was refused."""
+    best = []
+    for question in table.questions:
+        progress(f"{table.title}, from {source}: {question.title}")
+        try:
+            best.append(best_of_tries(time_over_http, question))
+        except Refused as exc:
+            best.append(refused(dsn, question, exc))
+    return best
+
+
+def best_of_tries(measure_s: Callable[..., float], *arguments: Any) -> str:
+    """Return the shortest time of all tries as a text, in ms."""
+    return number_text(min(measure_s(*arguments) for _ in range(TRIES)) * 1000)
+
+
+def refused(dsn: str, question: PageQuestion, exc: Refused) -> str:
+    """Return why a question was refused, and how long it takes in SQL."""
+    if exc.status == 404:
+        return "not there yet"
+    in_sql = best_of_tries(time_in_sql, dsn, question)
+    reason = str(exc).removeprefix("No answer: ").partition(":")[0]
+    return f"{exc.status} {reason} ({in_sql} in SQL)"
+
+
+def time_over_http(question: PageQuestion) -> float:
+    """Return how long the whole answer takes to come; raises Refused."""
+    query = urllib.parse.urlencode({"token": "look"} | question.parameters)
+    url = f"http://127.0.0.1:{PORT}/data/{question.name}.json?{query}"
+    began = time.perf_counter()
+    try:
+        fetch(url)
+    except urllib.error.HTTPError as exc:
+        with exc:
+            raise Refused(exc.code, exc.read().decode().strip()) from None
+    return time.perf_counter() - began
+
+
+def time_in_sql(dsn: str, question: PageQuestion) -> float:
+    """Return how long the very statement of the collector takes without its timeout.
+
+    It keeps the collector's limit of rows: with another one, PostgreSQL may choose
+    another plan."""
+    values = answers.values_in_force(read_settings({})) | question.parameters
+    call = answers.QUESTIONS[question.name].call
+    query = answers.SELECT.format(sql.SQL(call))
+    with psycopg.connect(dsn) as conn:
+        conn.execute(answers.BEGIN_QUESTION)
+        conn.execute("SET LOCAL statement_timeout = 0")
+        began = time.perf_counter()
+        conn.execute(query, values, prepare=False)
+        return time.perf_counter() - began
+
+
 # ---- The report --------------------------------------------------------------
 def progress(text: str) -> None:
     """Show what is being measured, in a line that the next one overwrites."""
@@ -779,6 +1005,8 @@ def measure(chosen: str, dsn: str, args: argparse.Namespace) -> None:
         measure_tables(dsn, args.millions)
     if chosen in ("answers", "all"):
         measure_answers(dsn, args.rounds)
+    if chosen == "village":
+        measure_village(dsn, args.days)
 
 
 def measure_fleets(dsn: str, sizes: list[int], interval_s: int) -> None:
@@ -821,11 +1049,20 @@ def measure_answers(dsn: str, rounds: int) -> None:
     show_columns("100,000 rows", columns)
 
 
+def measure_village(dsn: str, days: int) -> None:
+    """Measure three tables, one after the other; each has a collector of its own."""
+    os.environ["DASHBOARD_TOKEN"] = "look"
+    lines = village(dsn, many_devices(days))
+    lines += village(dsn, many_years())
+    lines += village(dsn, many_channels())
+    show(["ms, the best of five", "from quarters", "from rows"], lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ["all", *SCENARIOS, "fleet", "table", "answers"]
+    names = ["all", *SCENARIOS, "fleet", "table", "answers", "village"]
     parser.add_argument("scenario", nargs="?", default="all", choices=names)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--devices", type=int, nargs="+", help="for fleet")
@@ -833,6 +1070,7 @@ def main() -> None:
     parser.add_argument(
         "--millions", type=int, nargs="+", default=[1, 5], help="of rows, for table"
     )
+    parser.add_argument("--days", type=int, default=45, help="for village")
     args = parser.parse_args()
     if args.devices is None:
         largest = min(LARGEST_FLEET, most_devices())
