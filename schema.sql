@@ -1228,20 +1228,19 @@ LANGUAGE plpgsql AS $$
 DECLARE
     state quarter_state;
     next_until TIMESTAMPTZ := newest_end();
+    -- Before which there are so many rows; NULL if there are fewer.
+    enough TIMESTAMPTZ;
 BEGIN
     SELECT * INTO state FROM quarter_state;
     SELECT least(next_until, greatest(date_bin('15 minutes', p.timestamp, TIMESTAMPTZ 'epoch'),
                                       state.marked_until + INTERVAL '15 minutes'))
-    INTO next_until
-    FROM (VALUES (NULL)) one
-    LEFT JOIN LATERAL (
-        SELECT p.timestamp FROM power_logs p
-        WHERE p.timestamp >= state.marked_until AND p.timestamp < next_until
-        ORDER BY p.timestamp
-        OFFSET 50000 LIMIT 1
-    ) p ON true;
+    INTO enough
+    FROM power_logs p
+    WHERE p.timestamp >= state.marked_until AND p.timestamp < next_until
+    ORDER BY p.timestamp
+    OFFSET 50000 LIMIT 1;
     IF pg_try_advisory_xact_lock(7435359, 2) THEN
-        UPDATE quarter_state SET marked_until = next_until;
+        UPDATE quarter_state SET marked_until = coalesce(enough, next_until);
     END IF;
 END
 $$;

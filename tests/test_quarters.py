@@ -96,7 +96,34 @@ class House:
 
 @pytest.fixture
 def house(database):
-    return House(database)
+    made = House(database)
+    yield made
+    made.conn.close()
+
+
+def minute(number: int) -> datetime:
+    return START + number * MINUTE
+
+
+def energy(house: House, **window: Any) -> list[tuple[Any, ...]]:
+    """Wh and rows of each channel and day."""
+    given = {"since": START - 9 * DAY, "until": START + 90 * DAY} | window
+    return house.conn.execute(
+        "SELECT energy_wh, rows FROM energy_by_day(%(since)s, %(until)s, 'UTC')"
+        " ORDER BY device_id, channel, day",
+        given,
+    ).fetchall()
+
+
+def assert_answered_from_quarters(house: House) -> None:
+    """A row that vanished without a mark is still in the answer."""
+    with house.conn.transaction() as transaction:
+        before = energy(house)
+        house.run("ALTER TABLE power_logs DISABLE TRIGGER mark_changes_delete")
+        house.run("DELETE FROM power_logs WHERE timestamp < %s", minute(15))
+        house.run("ALTER TABLE power_logs ENABLE TRIGGER mark_changes_delete")
+        assert energy(house) == before
+        raise psycopg.Rollback(transaction)
 
 
 # ---- Comparing ----
@@ -140,8 +167,14 @@ def assert_answers_are_those_of_rows(
             raise psycopg.Rollback(transaction)
 
 
+def final_quarters(conn: psycopg.Connection[Any]) -> set[str]:
+    rows = conn.execute("SELECT q::text FROM power_quarters q WHERE final").fetchall()
+    return {text for (text,) in rows}
+
+
 def assert_quarters_are_those_of_rows(conn: psycopg.Connection[Any]) -> None:
-    """When no mark is left, what is stored is what the rows make, above the horizon."""
+    """When no mark is left, what is stored is what the rows make, above the horizon. A
+    rise may need rows of the day before, so just above it there is nothing to compare."""
     columns = (
         "device_id, channel, quarter, rows, rows_from_memory, round(sum_w::numeric, 4),"
         " min_w, max_w, round(total_wh::numeric, 4), round(largest_wh::numeric, 4),"
@@ -151,12 +184,13 @@ def assert_quarters_are_those_of_rows(conn: psycopg.Connection[Any]) -> None:
     ((made_until, final_until),) = conn.execute(
         "SELECT made_until, greatest(final_until, '0001-01-02') FROM quarter_state"
     ).fetchall()
+    since = final_until + DAY
     stored = conn.execute(
-        f"SELECT {columns} FROM power_quarters WHERE quarter >= %s", [final_until]
+        f"SELECT {columns} FROM power_quarters WHERE quarter >= %s", [since]
     ).fetchall()
     expected = conn.execute(
         f"SELECT {columns} FROM quarters_of_rows(%s, %s, %s, '1 minute')",
-        [final_until, made_until, made_until],
+        [since, made_until, made_until],
     ).fetchall()
     assert sorted(map(str, stored)) == sorted(map(str, expected))
     # Each channel has one that is open.
@@ -217,6 +251,7 @@ class Life:
             self.two_at_once: 3,
             self.clock_jumps: 2,
             self.truncate: 0.1,
+            self.forget: 1,
         }
         if not unique:
             house.run("DROP INDEX power_logs_one_row_per_interval")
@@ -449,6 +484,12 @@ class Life:
         for thread in threads:
             thread.join()
 
+    def forget(self) -> None:
+        """Delete the rows of more than some days ago, as RETENTION_DAYS does."""
+        days = self.chance.choice([2, 4])
+        for _ in range(self.chance.choice([1, 5])):
+            self.house.run("SELECT forget_rows(%s)", days)
+
     def clock_jumps(self) -> None:
         """The clock is wrong for a while, and rows may come meanwhile."""
         jump = self.chance.choice([-3, -40, 2, 50]) * HOUR
@@ -471,13 +512,503 @@ class Life:
 @pytest.mark.parametrize("unique", [True, False])
 def test_after_random_changes_the_answers_are_those_of_the_rows(house, unique):
     life = Life(house, SEED, unique)
+    final: set[str] = set()
     for number in range(1, CHANGES + 1):
         life.change()
         if number % 10 == 0:
-            assert_answers_are_those_of_rows(house.conn, *life.some_window())
+            since, until = life.some_window()
+            ((horizon,),) = house.all(
+                "SELECT greatest(final_until + interval '1 day', %s) FROM quarter_state",
+                START - DAY,
+            )
             assert_answers_are_those_of_rows(
-                house.conn, START - DAY, life.now + 90 * DAY
+                house.conn, max(since, horizon), max(until, horizon)
+            )
+            assert_answers_are_those_of_rows(house.conn, horizon, life.now + 90 * DAY)
+            assert final <= final_quarters(house.conn)
+            final = final_quarters(house.conn)
+            assert not house.all(
+                "SELECT FROM power_quarters, quarter_state"
+                " WHERE quarter < final_until AND NOT final"
             )
         if number % 30 == 0 and life.open is None:
             assert house.make_all() == "all made"
             assert_quarters_are_those_of_rows(house.conn)
+
+
+# ---- What is made, and when ----
+
+
+def hours(house: House, count: int) -> None:
+    """Rows of so many hours, and their quarters, ten minutes later."""
+    house.put(*range(count * 60))
+    house.set_clock(minute(count * 60 + 10))
+    assert house.make_all() == "all made"
+
+
+def test_a_quarter_is_made_some_minutes_after_its_end(house):
+    house.put(*range(34))
+    house.set_clock(minute(34))
+    house.make_all()
+    assert house.quarters() == [(0, 15, 14.0)]
+    house.put(34, 35, 36)
+    house.set_clock(minute(36))
+    house.make_all()
+    # The rise to the next row is known as soon as that is in a quarter that is made.
+    assert house.quarters() == [(0, 15, 15.0), (15, 15, 14.0)]
+    assert energy(house) == [(36.0, 37)]
+
+
+def test_answers_come_from_quarters_and_from_rows_for_the_rest(house):
+    hours(house, 3)
+    assert_answered_from_quarters(house)
+    house.put(180, 181, 182)
+    assert energy(house) == [(182.0, 183)]
+    assert energy(house, since=minute(5), until=minute(100)) == [(95.0, 95)]
+    assert energy(house, since=minute(16), until=minute(29)) == [(13.0, 13)]
+    assert energy(house, until=minute(181)) == [(181.0, 181)]
+
+
+def test_a_channel_that_is_silent_for_days_gets_the_rise_to_its_next_row(house):
+    hours(house, 1)
+    house.put(*range(2 * 1440), channel="switch:1")
+    house.set_clock(minute(2 * 1440 + 10))
+    house.make_all()
+    house.put(2 * 1440)
+    assert energy(house)[0] == (2 * 1440.0, 60)
+    house.set_clock(minute(2 * 1440 + 60))
+    house.put(2 * 1440 + 50)
+    house.make_all()
+    assert energy(house)[0] == (2 * 1440.0, 60)
+    assert house.quarters()[3] == (45, 15, 2 * 1440 - 45.0)
+
+
+def test_the_rise_to_a_row_that_comes_more_than_a_day_later_counts_from_then_on(house):
+    hours(house, 1)
+    house.put(2 * 1440, 2 * 1440 + 20)
+    house.set_clock(minute(2 * 1440 + 60))
+    house.make_all()
+    assert energy(house, until=minute(90)) == [(59.0, 60)]
+    assert energy(house, until=minute(2 * 1440)) == [(2 * 1440.0, 60)]
+
+
+CHANGES_BY_HAND = {
+    "INSERT of late rows": "INSERT INTO power_logs SELECT (power_logs).* FROM spare",
+    "COPY": None,
+    "INSERT by hand": """
+        INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v,
+            current_a, energy_total_wh)
+        VALUES ('2026-03-01 01:00:30+00', 'house', 'switch:0', 900, 230, 4, 66)""",
+    "DELETE of a row": "DELETE FROM power_logs WHERE timestamp = '2026-03-01 01:15+00'",
+    "DELETE of hours": "DELETE FROM power_logs WHERE timestamp > '2026-03-01 00:40+00'",
+    "DELETE of all": "DELETE FROM power_logs",
+    "UPDATE of a counter": """
+        UPDATE power_logs SET energy_total_wh = 0 WHERE timestamp = '2026-03-01 01:15+00'""",
+    "UPDATE of a power": "UPDATE power_logs SET apower_w = 1 WHERE energy_total_wh = 70",
+    "UPDATE of the device": "UPDATE power_logs SET device_id = 'new' WHERE apower_w = 60",
+    "UPDATE of the time": """
+        UPDATE power_logs SET timestamp = timestamp - interval '1 day 1 minute'""",
+    "TRUNCATE": "TRUNCATE power_logs",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_BY_HAND)
+def test_an_answer_is_right_at_once_after_a_change_and_soon_made_anew(house, change):
+    hours(house, 4)
+    # Rows that are put back one by one.
+    house.run("CREATE TABLE spare AS SELECT power_logs FROM power_logs")
+    house.run(
+        "DELETE FROM power_logs WHERE timestamp BETWEEN %s AND %s",
+        minute(50),
+        minute(80),
+    )
+    house.make_all()
+    if change == "COPY":
+        columns = "timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh"
+        with house.conn.cursor().copy(
+            f"COPY power_logs ({columns}) FROM STDIN"
+        ) as copy:
+            copy.write_row((minute(65), "house", "switch:0", 60, 230, 1, 65))
+    else:
+        house.run(
+            CHANGES_BY_HAND[change]
+            + (" ON CONFLICT DO NOTHING" if "spare" in CHANGES_BY_HAND[change] else "")
+        )
+    assert_answers_are_those_of_rows(house.conn, START - 9 * DAY, START + 90 * DAY)
+    house.make_all()
+    assert house.all("SELECT count(*) FROM quarter_marks") == [(0,)]
+    assert_quarters_are_those_of_rows(house.conn)
+
+
+def test_rows_of_a_transaction_that_is_open_meanwhile_are_not_missed(house):
+    hours(house, 1)
+    ((made_until,),) = house.all("SELECT made_until FROM quarter_state")
+    with house.connect() as other:
+        other.autocommit = False
+        other.execute(INSERT, ("house", "pm1:0", minute(61), 60, 1, None, None))
+        house.put(*range(60, 300))
+        house.set_clock(minute(310))
+        house.make_all()
+        assert house.all("SELECT made_until FROM quarter_state") == [(made_until,)]
+        assert energy(house) == [(299.0, 300)]
+    house.make_all()
+    assert house.all("SELECT made_until FROM quarter_state") > [(made_until,)]
+    assert energy(house) == [(0.0, 1), (299.0, 300)]
+    assert_quarters_are_those_of_rows(house.conn)
+
+
+def test_a_transaction_that_does_not_see_what_is_made_marks_its_rows(house):
+    hours(house, 1)
+    with house.connect() as other:
+        other.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
+        other.autocommit = False
+        other.execute("SELECT count(*) FROM power_logs")
+        house.put(*range(60, 300))
+        house.set_clock(minute(310))
+        house.make_all()
+        other.execute(INSERT, ("house", "pm1:0", minute(61), 60, 1, None, None))
+    assert energy(house) == [(0.0, 1), (299.0, 300)]
+    house.make_all()
+    assert_quarters_are_those_of_rows(house.conn)
+
+
+def test_two_late_rows_that_do_not_see_each_other_are_neighbours(house):
+    house.put(0, 300)
+    house.set_clock(minute(400))
+    house.make_all()
+    with house.connect() as one, house.connect() as two:
+        one.autocommit = two.autocommit = False
+        for number, conn in ((100, one), (160, two)):
+            row = ("house", "switch:0", minute(number), 60, number, None, None)
+            conn.execute(INSERT, row)
+        one.commit()
+        house.make_all()
+    house.make_all()
+    assert_quarters_are_those_of_rows(house.conn)
+
+
+def test_a_clock_that_was_ahead_does_not_stop_the_quarters(house):
+    hours(house, 2)
+    house.set_clock(minute(0) + 90 * DAY)
+    house.put(90 * 1440)
+    house.make_all()
+    house.run("DELETE FROM power_logs WHERE timestamp > %s", START + DAY)
+    house.set_clock(minute(130))
+    house.put(*range(120, 128))
+    house.make_all()
+    assert house.all("SELECT made_until FROM quarter_state") == [(minute(120),)]
+    assert_quarters_are_those_of_rows(house.conn)
+
+
+def test_a_long_table_is_taken_in_step_by_step_the_newest_first(house):
+    house.run(
+        "INSERT INTO power_logs (device_id, channel, timestamp, apower_w, voltage_v,"
+        " current_a, energy_total_wh) SELECT d::text, 'switch:0', %s + n * interval"
+        " '1 minute', 60, 230, 1, n FROM generate_series(1, 30) d,"
+        " generate_series(0, 4000) n",
+        START,
+    )
+    house.set_clock(minute(4010))
+    before = energy(house)
+    said = []
+    while not said or said[-1] != "all made":
+        said += house.all("SELECT make_quarters()")[0]
+        assert energy(house) == before
+    assert said == [
+        "made back to 2026-03-03",
+        "made back to 2026-03-02",
+        "made back to 2026-03-01",
+        "all made",
+    ]
+    assert_quarters_are_those_of_rows(house.conn)
+
+
+# ---- Retention ----
+
+
+def test_retention_deletes_rows_by_whole_quarters_and_their_quarters_stay(house):
+    house.put(*range(0, 5 * 1440, 5))
+    house.set_clock(minute(5 * 1440 + 7))
+    house.make_all()
+    before = energy(house)
+    for _ in range(9):
+        house.run("SELECT forget_rows(3)")
+        house.make_all()
+    assert energy(house) == before
+    assert house.all("SELECT min(timestamp) FROM power_logs") == [(minute(2 * 1440),)]
+    assert_answers_are_those_of_rows(house.conn, START + 3 * DAY, START + 90 * DAY)
+    # A late row below the horizon changes nothing there.
+    house.put(700, 701)
+    house.make_all()
+    assert energy(house) == before
+    # An owner's own DELETE above it takes both.
+    house.run("DELETE FROM power_logs WHERE timestamp > %s", minute(3 * 1440))
+    assert energy(house)[:2] == before[:2]
+    assert sum(rows for _, rows in energy(house)) == 3 * 1440 / 5 + 1
+    house.make_all()
+    assert sum(rows for _, rows in energy(house)) == 3 * 1440 / 5 + 1
+
+
+def test_no_row_is_deleted_before_its_quarter_is_made(house):
+    house.put(*range(0, 5 * 1440, 5))
+    house.set_clock(minute(5 * 1440 + 7))
+    # This gives the table its triggers, and nothing is made yet.
+    house.run("SELECT make_quarters()")
+    house.run("SELECT forget_rows(3)")
+    assert house.all("SELECT count(*) FROM power_logs") == [(5 * 1440 / 5,)]
+    house.make_all()
+    house.put(13)
+    house.run("SELECT forget_rows(3)")
+    # Its quarter is marked.
+    assert house.all("SELECT count(*) FROM power_logs") == [(5 * 1440 / 5 + 1,)]
+
+
+def test_a_clock_far_ahead_deletes_nothing(house):
+    hours(house, 5)
+    house.set_clock(START + 900 * DAY)
+    house.run("SELECT forget_rows(3)")
+    assert house.all("SELECT count(*) FROM power_logs") == [(300,)]
+
+
+# ---- The table is another one ----
+
+PARTITIONS = """
+ALTER TABLE power_logs RENAME TO old_logs;
+CREATE TABLE power_logs (LIKE old_logs INCLUDING DEFAULTS INCLUDING IDENTITY,
+    PRIMARY KEY (id, timestamp), UNIQUE (device_id, channel, timestamp))
+    PARTITION BY RANGE (timestamp);
+CREATE TABLE first_day PARTITION OF power_logs
+    FOR VALUES FROM ('2026-03-01 00:00+00') TO ('2026-03-02 00:00+00');
+CREATE TABLE others PARTITION OF power_logs DEFAULT;
+"""
+COPY_ROWS = "INSERT INTO power_logs SELECT * FROM old_logs"
+
+
+def test_a_dropped_partition_leaves_its_quarters_and_a_late_row_does_not_spoil_them(
+    house,
+):
+    for statement in (PARTITIONS, COPY_ROWS, "DROP TABLE old_logs"):
+        house.run(statement)
+    house.put(*range(0, 3 * 1440, 3))
+    house.set_clock(minute(3 * 1440 + 7))
+    house.make_all()
+    before = energy(house)
+    assert before == [(1440.0, 480), (1440.0, 480), (1437.0, 480)]
+    house.run("DROP TABLE first_day")
+    house.put(701)
+    for _ in range(2):
+        house.make_all()
+        assert energy(house) == before
+    # So it is with one that comes later.
+    house.put(800)
+    house.make_all()
+    assert energy(house) == before
+    # They are not made anew with a new table, either.
+    house.run("DROP TRIGGER mark_changes_insert ON power_logs")
+    house.make_all()
+    assert energy(house) == before
+
+
+def test_rows_written_straight_to_a_partition_need_a_word(house):
+    for statement in (PARTITIONS, COPY_ROWS):
+        house.run(statement)
+    hours(house, 5)
+    house.run(
+        "DELETE FROM first_day WHERE timestamp >= %s AND timestamp < %s",
+        minute(30),
+        minute(90),
+    )
+    assert energy(house) == [(299.0, 300)]
+    house.run("SELECT remake_quarters(%s, %s)", minute(30), minute(90))
+    assert energy(house) == [(299.0, 240)]
+    house.make_all()
+    assert energy(house) == [(299.0, 240)]
+    assert_quarters_are_those_of_rows(house.conn)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DROP TRIGGER mark_changes_delete ON power_logs",
+        "ALTER TABLE power_logs DISABLE TRIGGER mark_changes_update_old",
+        "ALTER TABLE power_logs DISABLE TRIGGER ALL",
+        PARTITIONS + COPY_ROWS,
+    ],
+)
+def test_a_table_that_reports_no_changes_is_noticed_and_taken_in_anew(house, change):
+    hours(house, 5)
+    house.run(change)
+    house.run("DELETE FROM power_logs WHERE timestamp < %s", minute(100))
+    assert energy(house) == [(199.0, 200)]
+    assert house.make_all() == "all made"
+    assert energy(house) == [(199.0, 200)]
+    house.run("DELETE FROM power_logs WHERE timestamp < %s", minute(120))
+    assert energy(house) == [(179.0, 180)]
+    house.make_all()
+    assert_quarters_are_those_of_rows(house.conn)
+
+
+# ---- Rights ----
+
+
+@pytest.fixture
+def role(house):
+    """Connections of a role that owns nothing; `role(rights)` grants rights first."""
+    name = f"role_{house.conn.info.dbname}"
+    house.run(f"CREATE ROLE {name}")
+    opened = []
+
+    def connect(*rights: str) -> psycopg.Connection[Any]:
+        for right in rights:
+            house.run(f"GRANT {right} TO {name}")
+        conn = house.connect()
+        conn.execute(f"SET SESSION AUTHORIZATION {name}")
+        opened.append(conn)
+        return conn
+
+    yield connect
+    for conn in opened:
+        conn.close()
+    house.run(f"DROP OWNED BY {name}")
+    house.run(f"DROP ROLE {name}")
+
+
+ROW = ("house", "switch:0", minute(30), 60, 30, None, None)
+
+
+def test_a_role_that_may_only_insert_and_select_writes_late_rows(house, role):
+    conn = role("INSERT, SELECT ON power_logs", "SELECT ON clock")
+    house.put(*range(30), *range(31, 60))
+    house.set_clock(minute(70))
+    for _ in range(9):
+        conn.execute("SELECT make_quarters()")
+    assert_answered_from_quarters(house)
+    conn.execute(INSERT, ROW)
+    assert energy(house) == [(59.0, 60)]
+    for _ in range(3):
+        conn.execute("SELECT make_quarters()")
+    assert_quarters_are_those_of_rows(house.conn)
+
+
+def test_who_may_read_the_table_may_read_its_quarters_and_nobody_else(house, role):
+    conn = role("SELECT ON clock")
+    hours(house, 5)
+    # What he calls power_logs is not the table that he may not read.
+    conn.execute("CREATE TEMP TABLE power_logs (timestamp TIMESTAMPTZ)")
+    for view in (
+        "readable_quarters",
+        "readable_quarter_marks",
+        "readable_quarter_state",
+    ):
+        assert conn.execute(f"SELECT count(*) FROM {view}").fetchall() == [(0,)]
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        conn.execute("SELECT * FROM power_quarters")
+    conn = role("SELECT ON power_logs")
+    asked = "SELECT rows FROM energy_by_day(%s, %s, 'UTC')"
+    window = (START, START + DAY)
+    assert conn.execute(asked, window).fetchall() == [(300,)]
+    assert conn.execute("SELECT count(*) FROM readable_quarters").fetchall() == [(19,)]
+
+
+def test_a_temporary_table_does_not_catch_the_marks(house, role):
+    hours(house, 5)
+    conn = role("INSERT, SELECT ON power_logs", "SELECT ON clock")
+    conn.execute(
+        "CREATE TEMP TABLE quarter_marks (device_id TEXT, channel TEXT,"
+        " since TIMESTAMPTZ, until TIMESTAMPTZ, removes BOOLEAN)"
+    )
+    conn.execute("CREATE TEMP TABLE quarter_state (marked_until TIMESTAMPTZ)")
+    conn.execute(INSERT, (*ROW[:1], "switch:1", *ROW[2:]))
+    assert len(energy(house)) == 2
+
+
+def test_without_the_right_to_the_triggers_there_are_no_quarters(house):
+    house.run("CREATE ROLE owner_of_logs")
+    house.run("ALTER TABLE power_logs OWNER TO owner_of_logs")
+    house.run("CREATE ROLE owner_of_functions")
+    house.run("ALTER FUNCTION make_quarters() OWNER TO owner_of_functions")
+    try:
+        house.run("GRANT SELECT, UPDATE, DELETE ON quarter_state TO owner_of_functions")
+        house.run("GRANT SELECT ON power_logs, clock TO owner_of_functions")
+        house.put(*range(0, 5 * 1440, 5))
+        house.set_clock(minute(5 * 1440 + 7))
+        assert house.make_all() == "none: must be owner of relation power_logs" or (
+            "permission denied" in house.make_all()
+        )
+        assert len(energy(house)) == 5
+        # Then rows are deleted as ever.
+        house.run("SELECT forget_rows(3)")
+        assert len(energy(house)) == 3
+    finally:
+        house.run("DROP OWNED BY owner_of_functions CASCADE")
+        house.run("ALTER TABLE power_logs OWNER TO postgres")
+        house.run("DROP ROLE owner_of_functions")
+        house.run("DROP ROLE owner_of_logs")
+
+
+def test_where_the_table_is_a_view_there_are_no_quarters(house):
+    house.run("ALTER TABLE power_logs RENAME TO rows_of_power")
+    house.run("CREATE VIEW power_logs AS SELECT * FROM rows_of_power")
+    house.put(1, 2, 3)
+    assert house.make_all().startswith("none: ")
+    assert energy(house) == [(2.0, 3)]
+
+
+# ---- The new questions ----
+
+
+def test_gaps_are_listed_one_by_one_and_resets_with_their_time(house):
+    house.put(*range(0, 30), *range(40, 60), *range(200, 230))
+    house.run(
+        "UPDATE power_logs SET energy_total_wh = 0 WHERE timestamp = %s", minute(210)
+    )
+    house.set_clock(minute(300))
+    asked = (
+        "SELECT kind, began_at, ended_at, missing FROM gaps(%s, %s) ORDER BY began_at"
+    )
+    expected = [
+        ("no data", minute(30), minute(40), 10),
+        ("no data", minute(60), minute(200), 140),
+        ("reset", minute(210), minute(210), 0),
+    ]
+    for _ in range(2):
+        assert house.all(asked, START, minute(300)) == expected
+        assert house.all(asked, minute(5), minute(201)) == expected[:2]
+        assert house.all(asked, minute(5), minute(200)) == expected[:1]
+        assert house.all(asked, minute(35), minute(210)) == expected[1:2]
+        house.make_all()
+
+
+def test_a_month_is_the_sum_of_its_days_in_the_zone(house):
+    house.put(*range(0, 40 * 1440, 10))
+    house.set_clock(START + 40 * DAY)
+    asked = (
+        "SELECT month, energy_wh, rows FROM energy_by_month(%s, %s, 'Asia/Kathmandu')"
+    )
+    days = (
+        "SELECT sum(energy_wh), sum(rows) FROM energy_by_day(%s, %s, 'Asia/Kathmandu')"
+    )
+    window = (START, START + 40 * DAY)
+    for _ in range(2):
+        months = house.all(asked, *window)
+        assert [(month.month, rows) for month, _, rows in sorted(months)] == [
+            # Midnight in Kathmandu is at 18:15.
+            (3, 31 * 144 - 34),
+            (4, 9 * 144 + 34),
+        ]
+        ((wh, rows),) = house.all(days, *window)
+        assert sum(month[1] for month in months) == pytest.approx(wh)
+        assert sum(month[2] for month in months) == rows
+        house.make_all()
+
+
+def test_rows_that_a_meter_remembered_are_counted(house):
+    house.put(*range(60))
+    house.run(
+        "UPDATE power_logs SET origin = 'memory' WHERE timestamp < %s", minute(20)
+    )
+    house.set_clock(minute(70))
+    asked = "SELECT rows, from_memory FROM coverage(%s, %s)"
+    for _ in range(2):
+        assert house.all(asked, START, minute(70)) == [(60, 20)]
+        house.make_all()
