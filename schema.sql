@@ -63,7 +63,29 @@ BEGIN
         );
     END IF;
 
-    -- The quarters of an hour of each channel, made from its rows. See "Making quarters".
+    IF to_regtype('power_reading') IS NULL THEN
+        -- What a row says of its channel's counters.
+        CREATE TYPE power_reading AS (at TIMESTAMPTZ, wh FLOAT, returned_wh FLOAT);
+    END IF;
+END $$;
+
+-- The quarters of an hour of each channel, made from its rows. "Quarters", below, says more.
+DO $$
+BEGIN
+    IF to_regclass('quarter_state') IS NULL THEN
+        CREATE TABLE quarter_state (
+            -- There is one row.
+            id          INT          PRIMARY KEY DEFAULT 1 CHECK (id = 1),
+            logs_oid    OID,
+            marked_until TIMESTAMPTZ NOT NULL,
+            made_until  TIMESTAMPTZ  NOT NULL,
+            made_from   TIMESTAMPTZ  NOT NULL,
+            final_until TIMESTAMPTZ  NOT NULL
+        );
+        INSERT INTO quarter_state (marked_until, made_until, made_from, final_until)
+        VALUES ('-infinity', '-infinity', 'infinity', '-infinity');
+    END IF;
+
     IF to_regclass('power_quarters') IS NULL THEN
         CREATE TABLE power_quarters (
             device_id   VARCHAR(100) NOT NULL,
@@ -96,9 +118,10 @@ BEGIN
         -- For "after which rows was there none for a day?".
         CREATE INDEX power_quarters_long_gap ON power_quarters (next_row)
             WHERE next_row - last_row > INTERVAL '1 day';
-        -- For "where does the final part end?".
-        CREATE INDEX power_quarters_final ON power_quarters (quarter) WHERE final;
+        UPDATE quarter_state SET logs_oid = NULL;
+    END IF;
 
+    IF to_regclass('quarter_marks') IS NULL THEN
         CREATE TABLE quarter_marks (
             device_id   VARCHAR(100) NOT NULL,
             channel     VARCHAR(20)  NOT NULL,
@@ -109,21 +132,7 @@ BEGIN
         -- For "the marks of one channel". It is not unique: a rule would make writers wait
         -- for each other, and could lose a mark.
         CREATE INDEX quarter_marks_channel ON quarter_marks (device_id, channel, since);
-
-        -- What a row says of its channel's counters.
-        CREATE TYPE reading AS (at TIMESTAMPTZ, wh FLOAT, returned_wh FLOAT);
-
-        CREATE TABLE quarter_state (
-            -- There is one row.
-            id          INT          PRIMARY KEY DEFAULT 1 CHECK (id = 1),
-            logs_oid    OID,
-            marked_until TIMESTAMPTZ NOT NULL,
-            made_until  TIMESTAMPTZ  NOT NULL,
-            made_from   TIMESTAMPTZ  NOT NULL,
-            final_until TIMESTAMPTZ  NOT NULL
-        );
-        INSERT INTO quarter_state (marked_until, made_until, made_from, final_until)
-        VALUES ('-infinity', '-infinity', 'infinity', '-infinity');
+        UPDATE quarter_state SET logs_oid = NULL;
     END IF;
 END $$;
 
@@ -177,6 +186,14 @@ COMMENT ON COLUMN channel_names.channel     IS
 COMMENT ON COLUMN channel_names.device_says IS 'The name in the device''s own configuration';
 COMMENT ON COLUMN channel_names.name        IS
     'The owner''s own name for it; shown instead of device_says';
+
+COMMENT ON TABLE  power_quarters            IS
+    'Quarters of an hour of each channel, made from power_logs by a running collector; '
+    'total_wh and returned_wh are what the two counters rose, largest_wh is the largest rise '
+    'from a row to the next, gap_* are the times of two rows more than 90 s apart and the '
+    'power before; final: its rows have been deleted because of their age';
+COMMENT ON TABLE  quarter_marks             IS 'Which quarters are to be made anew';
+COMMENT ON TABLE  quarter_state             IS 'From when until when quarters are made';
 
 -- ---- Indexes ----
 
@@ -659,9 +676,9 @@ $$;
 -- of the rows, so questions about long times are answered from it. It is made in the background
 -- ("Making quarters", below), and knows only rows before made_until. A rise or a gap belongs to
 -- the quarter of the row in which it begins. The last quarter of a channel is `open`: its last
--- row has no next row yet. A row that is changed later leaves a mark in quarter_marks, and until
--- the quarters that it touches are made again, they are worked out from rows. `final` is a
--- quarter whose rows were deleted because of their age; it stays as it is.
+-- row has no next row yet. A row that is changed later leaves a mark in quarter_marks, and
+-- until the quarters that it touches are made again, they are worked out from rows. `final` is
+-- a quarter whose rows were deleted because of their age; it stays as it is.
 
 -- The table that the quarters belong to.
 CREATE OR REPLACE FUNCTION logs_table() RETURNS OID
@@ -713,9 +730,9 @@ GRANT SELECT ON readable_quarters, readable_quarter_marks, readable_quarter_stat
 -- that this costs nearly nothing, since it is called for the last row of a channel alone.
 CREATE OR REPLACE FUNCTION reading_after(
     device TEXT, component TEXT, at TIMESTAMPTZ, known_until TIMESTAMPTZ)
-RETURNS reading LANGUAGE plpgsql STABLE COST 1 AS $$
+RETURNS power_reading LANGUAGE plpgsql STABLE COST 1 AS $$
 DECLARE
-    next_reading reading;
+    next_reading power_reading;
 BEGIN
     SELECT p.timestamp, p.energy_total_wh, p.energy_returned_wh INTO next_reading
     FROM power_logs p

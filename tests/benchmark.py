@@ -131,6 +131,7 @@ class Server:
 def make_table(conn: psycopg.Connection) -> None:
     """Make an empty power_logs, whatever was there before."""
     conn.execute("DROP TABLE IF EXISTS power_logs")
+    conn.execute("DROP TABLE IF EXISTS power_quarters, quarter_marks CASCADE")
     conn.execute((ROOT / "schema.sql").read_bytes())
 
 
@@ -804,12 +805,10 @@ def village(dsn: str, table: VillageTable) -> list[list[str]]:
             conn.execute("VACUUM ANALYZE power_logs")
             conn.execute("CHECKPOINT")
         with server_of_table("collector", own_dsn):
-            from_quarters = [""] * len(table.questions)
-            if has_quarters(own_dsn):
-                progress(f"{table.title}: waiting for the quarters")
-                wait_for_quarters(own_dsn)
-                from_quarters = best_of_each(own_dsn, table, "quarters")
-                answer_from_rows(own_dsn)
+            progress(f"{table.title}: waiting for the quarters")
+            wait_for_quarters()
+            from_quarters = best_of_each(own_dsn, table, "quarters")
+            answer_from_rows(own_dsn)
             from_rows = best_of_each(own_dsn, table, "rows")
     filled = f"{rows / 1e6:.1f} million rows, filled in {fill_s:.0f} s"
     lines = [[f"**{table.title}**, {filled}", "", ""]]
@@ -829,24 +828,23 @@ def own_database(dsn: str) -> Iterator[str]:
             conn.execute("DROP DATABASE village WITH (FORCE)")
 
 
-def has_quarters(dsn: str) -> bool:
-    """Return whether this version of the collector has quarters at all."""
-    with psycopg.connect(dsn) as conn:
-        cursor = conn.execute("SELECT to_regclass('power_quarters') IS NOT NULL")
-        return cursor.fetchone() == (True,)
-
-
-def wait_for_quarters(dsn: str) -> None:
+def wait_for_quarters() -> None:
     """Return once the running collector has made the quarters of all rows."""
-    # TODO: wait for what the line `quarters:` of GET / then says.
-    raise NotImplementedError
+    while not health_has("quarters: all made"):
+        time.sleep(1)
+
+
+# What functions see of the quarters where a role may not read the table.
+NO_QUARTERS = """
+CREATE OR REPLACE VIEW readable_quarter_state AS
+SELECT made_until AS usable_until, final_until FROM quarter_state WHERE false
+"""
 
 
 def answer_from_rows(dsn: str) -> None:
-    """Have all questions answered from rows from now on, whoever asks them: the running
-    collector, and new connections to this database."""
-    # TODO: how is that forced?
-    raise NotImplementedError
+    """Have all questions answered from rows from now on."""
+    with psycopg.connect(dsn) as conn:
+        conn.execute(NO_QUARTERS)
 
 
 def best_of_each(dsn: str, table: VillageTable, source: str) -> list[str]:
