@@ -22,6 +22,8 @@ log = logging.getLogger("shelly_collector")
 STEP_TIMEOUT = 20.0
 # When everything is made.
 PAUSE = 2.0
+# When there is more to do, at least: another collector may be doing it.
+SHORT_PAUSE = 0.2
 # When they cannot be made at all, or not now: the lock for the triggers was not to be
 # had, say, and each try makes writers wait.
 PAUSE_WITHOUT = 60.0
@@ -31,8 +33,11 @@ class Quarters:
     """How far the quarters are made."""
 
     def __init__(self) -> None:
-        # As make_quarters says it: "all made", "made back to 2026-03-01" or "none: …".
+        # As make_quarters says it, e.g. "all made", "made back to 2026-03-01" or
+        # "none: must be owner of table power_logs".
         self.progress = "not known yet"
+        # Whether an owner was told that they are being made.
+        self.is_taking_in = False
 
     def summary(self) -> str:
         """Return the progress without reasons, which are not for everybody."""
@@ -41,32 +46,22 @@ class Quarters:
 
     def note(self, progress: str) -> None:
         """Keep what make_quarters says, and log it if that is news to the owner."""
-        before = self.progress
-        self.progress = progress
-        if kind(progress) == kind(before):
-            return
-        if kind(progress) == "made back to":
+        if progress.startswith("made back to") and not self.is_taking_in:
+            self.is_taking_in = True
             log.info(
                 "making quarters of an hour, so that questions about long times are"
-                " answered quickly; they are %s",
-                progress,
+                " answered quickly"
             )
-        elif kind(progress) == "none":
+        elif progress == "all made" and self.is_taking_in:
+            self.is_taking_in = False
+            log.info("quarters of an hour: all made")
+        elif progress.startswith("none") and not self.progress.startswith("none"):
             log.warning(
                 "quarters of an hour cannot be made, so questions about long times are"
-                " slow: %s",
-                progress.removeprefix("none: "),
+                " slow; %s",
+                progress,
             )
-        elif kind(before) == "made back to":
-            log.info("quarters of an hour: all made")
-
-
-def kind(progress: str) -> str:
-    """What a progress is about, without its details."""
-    for start in ("made back to", "none"):
-        if progress.startswith(start):
-            return start
-    return progress
+        self.progress = progress
 
 
 async def keep_making_quarters(
@@ -79,27 +74,32 @@ async def keep_making_quarters(
         if pool is not None:
             began = time.monotonic()
             try:
-                progress = await within(STEP_TIMEOUT, next_step(pool))
-            except psycopg.errors.UndefinedFunction:
-                progress = "none: schema.sql has not been applied"
+                quarters.note(await within(STEP_TIMEOUT, next_step(pool)))
+                pause_s = pause_after(quarters.progress, time.monotonic() - began)
             except DATABASE_ERRORS as exc:
                 complaints.log(
                     "quarters", "make_quarters has failed: %s", one_line(exc)
                 )
-                progress = quarters.progress
-            quarters.note(progress)
-            if kind(progress) == "none":
-                pause_s = PAUSE_WITHOUT
-            elif kind(progress) == "made back to":
-                # There is more to do, in half of the time.
-                pause_s = time.monotonic() - began
         await asyncio.sleep(pause_s)
+
+
+def pause_after(progress: str, step_s: float) -> float:
+    """How long to wait after a step that took so long."""
+    if progress == "all made":
+        return PAUSE
+    if progress.startswith("none"):
+        return PAUSE_WITHOUT
+    # There is more to do, in half of the time.
+    return max(step_s, SHORT_PAUSE)
 
 
 async def next_step(pool: AsyncConnectionPool) -> str:
     """Do the next step; return how far the quarters are made."""
     async with pool.connection() as conn:
-        cursor = await conn.execute("SELECT make_quarters()")
+        try:
+            cursor = await conn.execute("SELECT make_quarters()")
+        except psycopg.errors.UndefinedFunction:
+            return "none: schema.sql has not been applied"
         row = await cursor.fetchone()
         assert row is not None
         progress: str = row[0]

@@ -122,6 +122,8 @@ BEGIN
     END IF;
 
     IF to_regclass('quarter_marks') IS NULL THEN
+        -- It has no index, since the marks are few. A unique one would make writers wait for
+        -- each other, and could lose a mark.
         CREATE TABLE quarter_marks (
             device_id   VARCHAR(100) NOT NULL,
             channel     VARCHAR(20)  NOT NULL,
@@ -129,9 +131,6 @@ BEGIN
             until       TIMESTAMPTZ  NOT NULL,
             removes     BOOLEAN      NOT NULL
         );
-        -- For "the marks of one channel". It is not unique: a rule would make writers wait
-        -- for each other, and could lose a mark.
-        CREATE INDEX quarter_marks_channel ON quarter_marks (device_id, channel, since);
         UPDATE quarter_state SET logs_oid = NULL;
     END IF;
 END $$;
@@ -1167,8 +1166,10 @@ BEGIN
     END IF;
     IF TG_OP = 'TRUNCATE' THEN
         INSERT INTO quarter_marks (device_id, channel, since, until, removes)
-        SELECT q.device_id, q.channel, '-infinity', 'infinity', true
-        FROM power_quarters q WHERE q.next_row IS NULL;
+        SELECT q.device_id, q.channel, min(q.quarter), max(q.quarter) + INTERVAL '15 minutes',
+               true
+        FROM power_quarters q WHERE NOT q.final
+        GROUP BY q.device_id, q.channel;
         RETURN NULL;
     END IF;
     INSERT INTO quarter_marks (device_id, channel, since, until, removes)
@@ -1307,61 +1308,57 @@ BEGIN
 END
 $$;
 
--- Goes through the marks channel by channel, some 31 days at a time, for 0.3 s. A mark that is
--- set meanwhile stays for the next call.
+-- Goes through the marks, some 31 days of a channel at a time. What is left after 0.3 s is
+-- marked again, and a mark that is set meanwhile stays for the next call.
 CREATE OR REPLACE FUNCTION remake_marked() RETURNS VOID
 LANGUAGE plpgsql AS $$
 DECLARE
     state quarter_state;
-    mark quarter_marks;
-    touched TSTZMULTIRANGE;
-    removes BOOLEAN;
-    range TSTZRANGE;
+    marked RECORD;
+    part TSTZRANGE;
     ends TIMESTAMPTZ := clock_timestamp() + INTERVAL '0.3 s';
 BEGIN
     SELECT * INTO state FROM quarter_state;
+    FOR marked IN
+        WITH taken AS (DELETE FROM quarter_marks RETURNING *)
+        SELECT t.device_id, t.channel, bool_or(t.removes) AS removes,
+               range_agg(tstzrange(t.since, t.until)) AS quarters
+        FROM taken t
+        GROUP BY t.device_id, t.channel
     LOOP
-        -- From the last mark on, since deleted ones are still in the index.
-        SELECT m.* INTO mark FROM quarter_marks m
-        WHERE mark IS NULL
-           OR (m.device_id, m.channel, m.since) >= (mark.device_id, mark.channel, mark.since)
-        ORDER BY m.device_id, m.channel, m.since
-        LIMIT 1;
-        EXIT WHEN NOT FOUND;
-        WITH taken AS (
-            DELETE FROM quarter_marks m
-            WHERE m.device_id = mark.device_id AND m.channel = mark.channel
-              AND m.since <= mark.since + INTERVAL '31 days'
-            RETURNING m.*
-        )
-        SELECT range_agg(tstzrange(t.since, t.until)), bool_or(t.removes)
-        INTO touched, removes
-        FROM taken t;
-        touched := with_quarter_before(mark.device_id, mark.channel, touched)
-            * tstzmultirange(tstzrange(greatest(state.final_until, '0001-01-01 00:00+00'),
-                                       state.made_until));
-        IF NOT removes THEN
-            PERFORM keep_vanished(mark.device_id, mark.channel, touched);
-        END IF;
-        FOR range IN SELECT unnest(touched) LOOP
-            PERFORM make_anew(mark.device_id, mark.channel, lower(range), upper(range),
+        FOR part IN
+            SELECT tstzrange(m.since, least(m.since + INTERVAL '31 days', upper(range)))
+            FROM unnest(
+                with_quarter_before(marked.device_id, marked.channel, marked.quarters)
+                * tstzmultirange(tstzrange(state.final_until, state.made_until))
+            ) range,
+            generate_series(lower(range), upper(range), INTERVAL '31 days') m (since)
+            WHERE m.since < upper(range)
+        LOOP
+            IF clock_timestamp() > ends THEN
+                INSERT INTO quarter_marks (device_id, channel, since, until, removes)
+                VALUES (marked.device_id, marked.channel, lower(part), upper(part),
+                        marked.removes);
+                CONTINUE;
+            END IF;
+            IF NOT marked.removes THEN
+                PERFORM keep_vanished(marked.device_id, marked.channel, part);
+            END IF;
+            PERFORM make_anew(marked.device_id, marked.channel, lower(part), upper(part),
                               state.made_until);
         END LOOP;
-        EXIT WHEN clock_timestamp() > ends;
     END LOOP;
 END
 $$;
 
 -- Where rows have vanished without a mark, their partition was dropped. What is known of them
 -- then stays, even if a late row comes.
-CREATE OR REPLACE FUNCTION keep_vanished(
-    device TEXT, component TEXT, touched TSTZMULTIRANGE)
+CREATE OR REPLACE FUNCTION keep_vanished(device TEXT, component TEXT, part TSTZRANGE)
 RETURNS VOID LANGUAGE plpgsql AS $$
 BEGIN
     UPDATE power_quarters q SET final = true
     WHERE q.device_id = device AND q.channel = component
-      AND q.quarter >= lower(touched) AND q.quarter < upper(touched)
-      AND q.quarter <@ touched AND NOT q.final
+      AND q.quarter >= lower(part) AND q.quarter < upper(part) AND NOT q.final
       AND q.rows > (
           SELECT count(*) FROM power_logs p
           WHERE p.device_id = device AND p.channel = component
@@ -1479,6 +1476,9 @@ BEGIN
     END IF;
     SELECT * INTO state FROM quarter_state;
     IF state.made_from = '-infinity' THEN
+        IF EXISTS (SELECT FROM quarter_marks) THEN
+            RETURN 'being made anew where rows have changed';
+        END IF;
         RETURN 'all made';
     END IF;
     RETURN 'made back to ' || to_char(state.made_from AT TIME ZONE 'UTC', 'YYYY-MM-DD');
