@@ -38,6 +38,7 @@ SCHEMA_VERSION = 6
 # no schema but the system's own in the search_path, the table would have no place.
 CONFIGURE = """
     SET array_nulls = on;
+    SET default_transaction_isolation = 'read committed';
     SELECT set_config('search_path', 'public', false)
     WHERE current_schemas(false) <@ '{pg_catalog}'
 """
@@ -80,6 +81,8 @@ SELECT
     coalesce((
         SELECT substring(prosrc FROM '[0-9]+')::int FROM pg_proc
         WHERE oid = to_regprocedure('power_logs_version()')
+            -- A restored database may lack the rest.
+            AND to_regclass('quarter_state') IS NOT NULL
     ), 0),
     EXISTS (
         SELECT FROM pg_attribute, power_logs

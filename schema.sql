@@ -63,9 +63,9 @@ BEGIN
         );
     END IF;
 
-    IF to_regtype('power_reading') IS NULL THEN
+    IF to_regtype('power_logs_reading') IS NULL THEN
         -- What a row says of its channel's counters.
-        CREATE TYPE power_reading AS (at TIMESTAMPTZ, wh FLOAT, returned_wh FLOAT);
+        CREATE TYPE power_logs_reading AS (at TIMESTAMPTZ, wh FLOAT, returned_wh FLOAT);
     END IF;
 END $$;
 
@@ -74,16 +74,14 @@ DO $$
 BEGIN
     IF to_regclass('quarter_state') IS NULL THEN
         CREATE TABLE quarter_state (
-            -- There is one row.
+            -- There is one row, or none as long as no quarter has been made.
             id          INT          PRIMARY KEY DEFAULT 1 CHECK (id = 1),
             logs_oid    OID,
             marked_until TIMESTAMPTZ NOT NULL,
             made_until  TIMESTAMPTZ  NOT NULL,
             made_from   TIMESTAMPTZ  NOT NULL,
-            final_until TIMESTAMPTZ  NOT NULL
+            final_until TIMESTAMPTZ  NOT NULL DEFAULT '-infinity'
         );
-        INSERT INTO quarter_state (marked_until, made_until, made_from, final_until)
-        VALUES ('-infinity', '-infinity', 'infinity', '-infinity');
     END IF;
 
     IF to_regclass('power_quarters') IS NULL THEN
@@ -329,7 +327,7 @@ LANGUAGE sql STABLE AS $$
                     THEN p.energy_returned_wh ELSE p.energy_total_wh END
     ) counter (wh)
     WHERE p.device_id = counter_before.device AND p.channel = counter_before.component
-      AND p.timestamp >= counter_before.at - INTERVAL '1 day'
+      AND p.timestamp >= counter_before.at - INTERVAL '24 hours'
       AND p.timestamp < counter_before.at
       AND counter.wh IS NOT NULL AND counter.wh IS DISTINCT FROM counter_before.wh
     ORDER BY p.timestamp DESC
@@ -356,7 +354,7 @@ LANGUAGE sql STABLE AS $$
               (SELECT b.before_at FROM counter_before(
                   still_counter.device, still_counter.component, still_counter.returned,
                   still_counter.at, still_counter.wh) b),
-              still_counter.at - INTERVAL '1 day')
+              still_counter.at - INTERVAL '24 hours')
           AND p.timestamp <= still_counter.at
           AND still_counter.wh = CASE WHEN still_counter.returned
                   THEN p.energy_returned_wh ELSE p.energy_total_wh END
@@ -516,7 +514,7 @@ BEGIN
     SELECT p.energy_total_wh INTO before_wh
     FROM power_logs p
     WHERE p.device_id = device AND p.channel = component
-      AND p.timestamp >= at - INTERVAL '1 day' AND p.timestamp < at
+      AND p.timestamp >= at - INTERVAL '24 hours' AND p.timestamp < at
     ORDER BY p.timestamp DESC
     LIMIT 1;
     IF before_wh IS DISTINCT FROM wh THEN
@@ -685,16 +683,16 @@ LANGUAGE sql STABLE SECURITY DEFINER AS $$
     SELECT to_regclass('power_logs')::oid
 $$;
 
--- Whether that is still the table which reports its changes. It may be another one by now, a
--- restored one or one with partitions, or may have lost its triggers.
-CREATE OR REPLACE FUNCTION is_watched() RETURNS BOOLEAN
-LANGUAGE sql STABLE SECURITY DEFINER AS $$
-    SELECT EXISTS (
-        SELECT FROM quarter_state s
-        WHERE s.logs_oid = to_regclass('power_logs')::oid
-          AND (SELECT count(*) FROM pg_trigger t
-               WHERE t.tgrelid = s.logs_oid AND t.tgenabled IN ('O', 'A')
-                     AND t.tgname LIKE 'mark_changes_%') = 5)
+-- Whether a table reports its changes. It may have been restored, or have lost its triggers.
+CREATE OR REPLACE FUNCTION is_watched(logs OID) RETURNS BOOLEAN
+LANGUAGE sql STABLE AS $$
+    SELECT count(*) = 5
+    FROM pg_trigger t JOIN pg_proc f ON f.oid = t.tgfoid
+    WHERE t.tgrelid = logs AND t.tgenabled IN ('O', 'A')
+      AND t.tgname LIKE 'mark_changes_%'
+      -- The owner of the tables may be another one by now.
+      AND has_table_privilege(f.proowner, 'quarter_marks', 'INSERT')
+      AND has_table_privilege(f.proowner, 'quarter_state', 'SELECT, UPDATE')
 $$;
 
 -- Whoever may read power_logs may read what is made of it, through the views below. Neither the
@@ -713,10 +711,11 @@ CREATE OR REPLACE VIEW readable_quarter_marks AS
 SELECT * FROM quarter_marks WHERE (SELECT may_read_quarters());
 
 -- Quarters before `usable_until` can be used. The newest one that is made is not among them: it
--- is open for nearly every channel. While the table is being taken in, only final ones are.
+-- is open for nearly every channel. While the table is being taken in, only final ones are, and
+-- so it is if power_logs is another table by now.
 CREATE OR REPLACE VIEW readable_quarter_state AS
-SELECT CASE WHEN made_from = '-infinity' AND is_watched()
-            THEN made_until - INTERVAL '15 minutes'
+SELECT CASE WHEN made_from = '-infinity' AND logs_oid = logs_table() AND is_watched(logs_oid)
+            THEN greatest(made_until - INTERVAL '15 minutes', final_until)
             ELSE final_until
        END AS usable_until,
        final_until
@@ -729,9 +728,9 @@ GRANT SELECT ON readable_quarters, readable_quarter_marks, readable_quarter_stat
 -- that this costs nearly nothing, since it is called for the last row of a channel alone.
 CREATE OR REPLACE FUNCTION reading_after(
     device TEXT, component TEXT, at TIMESTAMPTZ, known_until TIMESTAMPTZ)
-RETURNS power_reading LANGUAGE plpgsql STABLE COST 1 AS $$
+RETURNS power_logs_reading LANGUAGE plpgsql STABLE COST 1 AS $$
 DECLARE
-    next_reading power_reading;
+    next_reading power_logs_reading;
 BEGIN
     SELECT p.timestamp, p.energy_total_wh, p.energy_returned_wh INTO next_reading
     FROM power_logs p
@@ -851,6 +850,12 @@ RETURNS TSTZMULTIRANGE LANGUAGE sql STABLE AS $$
     ) before
 $$;
 
+-- Until when a window's last rows may rise: 24 hours after its end.
+CREATE OR REPLACE FUNCTION day_after(at TIMESTAMPTZ) RETURNS TIMESTAMPTZ
+LANGUAGE sql STABLE AS $$
+    SELECT least(at, '9999-12-30 00:00+00') + INTERVAL '24 hours'
+$$;
+
 -- For each channel the quarters that are not to be taken from power_quarters: what changed rows
 -- touch, an open quarter that has a next row by now, and one whose next row is too far after
 -- `until` for a rise.
@@ -876,7 +881,7 @@ LANGUAGE sql STABLE AS $$
         SELECT q.device_id, q.channel, tstzrange(q.quarter, q.quarter + INTERVAL '15 minutes')
         FROM readable_quarters q
         WHERE q.next_row - q.last_row > INTERVAL '1 day' AND NOT q.final
-          AND q.next_row >= stale_quarters.until + INTERVAL '1 day'
+          AND q.next_row >= day_after(stale_quarters.until)
           AND q.last_row < stale_quarters.until
     ) stale
     GROUP BY stale.device_id, stale.channel
@@ -907,6 +912,7 @@ LANGUAGE sql STABLE AS $$
                             TIMESTAMPTZ 'epoch') AS first,
                    date_bin('15 minutes', least(until, '9999-12-31 00:00+00'),
                             TIMESTAMPTZ 'epoch') AS until
+            WHERE since <= quarters_between.until
         ) w
         LEFT JOIN readable_quarter_state s ON row_length = INTERVAL '1 minute'
         LIMIT 1
@@ -928,7 +934,7 @@ LANGUAGE sql STABLE AS $$
          LATERAL unnest(s.quarters * tstzmultirange(
              tstzrange(w.first, w.made_until) * tstzrange(w.final_until, NULL))) range,
          LATERAL quarters_of_channel(s.device_id, s.channel, lower(range), upper(range),
-                                     until + INTERVAL '1 day') q
+                                     day_after(until)) q
     UNION ALL
     -- The rows around the whole quarters.
     SELECT q.device_id, q.channel, q.quarter, q.rows, q.rows_from_memory,
@@ -938,14 +944,14 @@ LANGUAGE sql STABLE AS $$
          LATERAL (VALUES (since, least(w.first, until)), (w.made_until, until))
              around (begins, ends),
          LATERAL quarters_of_rows(around.begins, around.ends,
-                                  until + INTERVAL '1 day', row_length) q
+                                  day_after(until), row_length) q
     WHERE w.are_made
     UNION ALL
     -- All rows, if no quarters are made but final ones.
     SELECT q.device_id, q.channel, q.quarter, q.rows, q.rows_from_memory,
            q.sum_w, q.min_w, q.max_w, q.total_wh, q.largest_wh, q.returned_wh,
            q.first_row, q.last_row, q.gap_began, q.gap_ended, q.gap_power_w, q.resets
-    FROM quarters_of_rows(since, until, until + INTERVAL '1 day', row_length) q
+    FROM quarters_of_rows(since, until, day_after(until), row_length) q
     WHERE NOT (SELECT w.are_made FROM whole w)
       AND (q.quarter < (SELECT w.final_until FROM whole w)) IS NOT TRUE
 $$;
@@ -1150,17 +1156,23 @@ $$;
 -- 5. keep_dropped declares final what a dropped partition has left.
 
 -- On power_logs, for each statement. A changed row touches its own quarter, that of the row
--- before it, and those of the day after it, since a rise may be judged by rows a day back. The
--- mark holds the first and the last of these; the row before may be another one by the time
--- that the mark is used, so it is looked up then. The lock is kept until the end of the
+-- before it, and those of the 24 hours after it, since a rise may be judged by rows so far
+-- back. The mark holds the first and the last of these; the row before may be another one by
+-- the time that the mark is used, so it is looked up then. The lock is kept until the end of the
 -- transaction. A transaction that may not see the newest marked_until marks every row.
+--
+-- Rows go in even if no mark can be set, because the tables have another owner, or another
+-- schema, or are gone. No quarter is used then: is_watched or logs_table see it.
 CREATE OR REPLACE FUNCTION mark_changes() RETURNS TRIGGER
 LANGUAGE plpgsql SECURITY DEFINER AS $$
 DECLARE
-    state quarter_state;
+    state RECORD;
 BEGIN
-    PERFORM pg_advisory_xact_lock_shared(7435359, 2);
+    LOCK TABLE quarter_state IN ROW SHARE MODE;
     SELECT * INTO state FROM quarter_state;
+    IF TG_RELID IS DISTINCT FROM state.logs_oid THEN
+        RETURN NULL;
+    END IF;
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         state.marked_until := 'infinity';
     END IF;
@@ -1176,20 +1188,36 @@ BEGIN
     SELECT c.device_id, c.channel,
            date_bin('15 minutes', min(c.timestamp), TIMESTAMPTZ 'epoch'),
            date_bin('15 minutes', max(c.timestamp), TIMESTAMPTZ 'epoch')
-               + INTERVAL '1 day 15 minutes',
+               + INTERVAL '24 hours 15 minutes',
            TG_OP <> 'INSERT'
     FROM changed_rows c
     WHERE c.timestamp < state.marked_until AND c.timestamp >= state.final_until
       AND isfinite(c.timestamp)
     GROUP BY c.device_id, c.channel, date_bin('1 day', c.timestamp, TIMESTAMPTZ 'epoch');
     RETURN NULL;
+EXCEPTION
+    WHEN insufficient_privilege OR undefined_table OR invalid_schema_name THEN
+        RETURN NULL;
 END
 $$;
+
+REVOKE EXECUTE ON FUNCTION mark_changes() FROM PUBLIC;
 
 -- This takes the owner's right, and a lock that waits for all writers.
 CREATE OR REPLACE FUNCTION watch_logs() RETURNS VOID
 LANGUAGE plpgsql AS $$
 BEGIN
+    IF EXISTS (
+        SELECT FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhparent
+        WHERE c.oid = 'power_logs'::regclass AND c.relkind = 'r')
+    THEN
+        RAISE feature_not_supported USING MESSAGE =
+            'power_logs has tables that inherit from it, and their rows would not be seen';
+    END IF;
+    IF row_security_active('power_logs'::regclass) THEN
+        RAISE feature_not_supported USING MESSAGE =
+            'the row security of power_logs hides rows from its owner';
+    END IF;
     SET LOCAL lock_timeout = '300ms';
     CREATE OR REPLACE TRIGGER mark_changes_insert AFTER INSERT ON power_logs
         REFERENCING NEW TABLE AS changed_rows
@@ -1222,10 +1250,31 @@ LANGUAGE plpgsql AS $$
 DECLARE
     start TIMESTAMPTZ := newest_end();
 BEGIN
-    UPDATE quarter_state
-    SET logs_oid = to_regclass('power_logs')::oid,
-        marked_until = start, made_until = start, made_from = start;
+    INSERT INTO quarter_state (logs_oid, marked_until, made_until, made_from)
+    VALUES (to_regclass('power_logs')::oid, start, start, start)
+    ON CONFLICT (id) DO UPDATE
+    SET logs_oid = excluded.logs_oid, marked_until = start, made_until = start,
+        made_from = start;
     DELETE FROM power_quarters WHERE quarter >= start AND NOT final;
+END
+$$;
+
+-- Whether the clock has been wrong, and rows of the future were deleted since: nothing that is
+-- written now would be made. A horizon of the future is taken back then.
+CREATE OR REPLACE FUNCTION is_ahead(state quarter_state) RETURNS BOOLEAN
+LANGUAGE plpgsql AS $$
+DECLARE
+    oldest TIMESTAMPTZ;
+    newest TIMESTAMPTZ;
+BEGIN
+    SELECT min(p.timestamp), max(p.timestamp) INTO oldest, newest
+    FROM power_logs p WHERE isfinite(p.timestamp);
+    IF newest < state.final_until THEN
+        UPDATE quarter_state
+        SET final_until = date_bin('15 minutes', oldest, TIMESTAMPTZ 'epoch');
+        RETURN true;
+    END IF;
+    RETURN state.made_until > newest + INTERVAL '24 hours';
 END
 $$;
 
@@ -1233,15 +1282,15 @@ $$;
 CREATE OR REPLACE FUNCTION newest_end() RETURNS TIMESTAMPTZ
 LANGUAGE sql STABLE AS $$
     SELECT date_bin('15 minutes',
-                    least(now(), coalesce(max(p.timestamp), '1970-01-02 00:00+00'))
-                        - INTERVAL '5 minutes',
+                    least(now(), max(p.timestamp)) - INTERVAL '5 minutes',
                     TIMESTAMPTZ 'epoch')
     FROM power_logs p WHERE isfinite(p.timestamp)
 $$;
 
--- Goes on by some 50,000 rows at most. Whoever writes rows holds the lock for the length of his
--- transaction, so nobody who knows only the old marked_until is left when it is taken.
-CREATE OR REPLACE FUNCTION advance_mark() RETURNS VOID
+-- Goes on by some 50,000 rows at most. Whoever writes rows holds a lock until the end of his
+-- transaction, so nobody who knows only the old marked_until is left when this one is taken.
+-- Returns whether it was to be had.
+CREATE OR REPLACE FUNCTION advance_mark() RETURNS BOOLEAN
 LANGUAGE plpgsql AS $$
 DECLARE
     state quarter_state;
@@ -1257,9 +1306,12 @@ BEGIN
     WHERE p.timestamp >= state.marked_until AND p.timestamp < next_until
     ORDER BY p.timestamp
     OFFSET 50000 LIMIT 1;
-    IF pg_try_advisory_xact_lock(7435359, 2) THEN
-        UPDATE quarter_state SET marked_until = coalesce(enough, next_until);
-    END IF;
+    LOCK TABLE quarter_state IN EXCLUSIVE MODE NOWAIT;
+    UPDATE quarter_state SET marked_until = coalesce(enough, next_until);
+    RETURN true;
+EXCEPTION
+    WHEN lock_not_available THEN
+        RETURN false;
 END
 $$;
 
@@ -1414,8 +1466,11 @@ DECLARE
     kept BIGINT;
 BEGIN
     SELECT * INTO state FROM quarter_state;
-    SELECT date_bin('15 minutes', min(p.timestamp), TIMESTAMPTZ 'epoch') INTO oldest
-    FROM power_logs p WHERE isfinite(p.timestamp);
+    SELECT least(date_bin('15 minutes', min(p.timestamp), TIMESTAMPTZ 'epoch'),
+                 state.made_until)
+    INTO oldest
+    FROM power_logs p WHERE isfinite(p.timestamp)
+    HAVING count(*) > 0;
     IF NOT EXISTS (
         SELECT FROM power_quarters q
         WHERE q.quarter >= state.final_until AND q.quarter < oldest)
@@ -1446,42 +1501,59 @@ AS $$
 DECLARE
     state quarter_state;
 BEGIN
+    -- A step may make writers wait for a moment, so not everybody may take one.
+    IF has_table_privilege(session_user, logs_table(), 'INSERT') IS NOT TRUE THEN
+        RETURN 'none: this role may not insert into power_logs';
+    END IF;
     SELECT * INTO state FROM quarter_state;
     IF NOT pg_try_advisory_xact_lock(7435359, 1) THEN
         NULL;
-    ELSIF NOT is_watched() THEN
+    ELSIF state.logs_oid = logs_table() AND is_watched(state.logs_oid) THEN
+        IF is_ahead(state) THEN
+            PERFORM start_anew();
+        ELSIF state.made_until = state.marked_until AND state.marked_until < newest_end()
+              AND advance_mark() THEN
+            -- Nothing else in this transaction, since writers wait for its end.
+            NULL;
+        ELSE
+            PERFORM make_or_remake(state);
+        END IF;
+    ELSE
         BEGIN
             PERFORM watch_logs();
         EXCEPTION
+            WHEN lock_not_available THEN
+                RETURN 'none: ' || SQLERRM;
             WHEN insufficient_privilege OR wrong_object_type OR feature_not_supported
-              OR lock_not_available OR undefined_table THEN
+              OR undefined_table THEN
+                -- Then rows are deleted as they were before there were quarters.
+                UPDATE quarter_state SET logs_oid = NULL WHERE logs_oid IS NOT NULL;
                 RETURN 'none: ' || SQLERRM;
         END;
-    ELSIF state.made_until > now() + INTERVAL '1 hour' THEN
-        -- The clock has been wrong.
-        PERFORM start_anew();
-    ELSIF state.made_until = state.marked_until AND state.marked_until < newest_end() THEN
-        -- Alone in its transaction, since writers wait for its lock.
-        PERFORM advance_mark();
-    ELSE
-        IF state.made_until < state.marked_until THEN
-            PERFORM advance_quarters();
-        END IF;
-        PERFORM remake_marked();
-        IF state.made_from > '-infinity' THEN
-            PERFORM take_in();
-        ELSE
-            PERFORM keep_dropped();
-        END IF;
     END IF;
     SELECT * INTO state FROM quarter_state;
-    IF state.made_from = '-infinity' THEN
-        IF EXISTS (SELECT FROM quarter_marks) THEN
-            RETURN 'being made anew where rows have changed';
-        END IF;
-        RETURN 'all made';
+    IF state.made_from > '-infinity' THEN
+        RETURN 'made back to ' || to_char(state.made_from AT TIME ZONE 'UTC', 'YYYY-MM-DD');
     END IF;
-    RETURN 'made back to ' || to_char(state.made_from AT TIME ZONE 'UTC', 'YYYY-MM-DD');
+    IF EXISTS (SELECT FROM quarter_marks) THEN
+        RETURN 'being made anew where rows have changed';
+    END IF;
+    RETURN 'all made';
+END
+$$;
+
+CREATE OR REPLACE FUNCTION make_or_remake(state quarter_state) RETURNS VOID
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF state.made_until < state.marked_until THEN
+        PERFORM advance_quarters();
+    END IF;
+    PERFORM remake_marked();
+    IF state.made_from > '-infinity' THEN
+        PERFORM take_in();
+    ELSE
+        PERFORM keep_dropped();
+    END IF;
 END
 $$;
 
@@ -1513,17 +1585,18 @@ DECLARE
 BEGIN
     SELECT * INTO state FROM quarter_state;
     IF state.logs_oid IS NULL THEN
-        -- There are no quarters to be kept.
+        -- No quarters are kept.
         RETURN cut;
     END IF;
     IF NOT has_table_privilege(session_user, 'power_logs', 'DELETE')
        OR NOT pg_try_advisory_xact_lock(7435359, 1)
-       OR state.made_from > '-infinity' OR NOT is_watched()
+       OR state.made_from > '-infinity'
+       OR state.logs_oid <> logs_table() OR NOT is_watched(state.logs_oid)
        OR EXISTS (SELECT FROM power_logs p WHERE p.timestamp < state.final_until)
     THEN
         RETURN least(cut, state.final_until);
     END IF;
-    -- Some 5,000 rows, but at least a quarter.
+    -- Some 50,000 rows, but at least a quarter.
     SELECT least(cut, state.made_until - INTERVAL '15 minutes', greatest(
                date_bin('15 minutes', max(p.timestamp), TIMESTAMPTZ 'epoch'),
                date_bin('15 minutes', min(p.timestamp), TIMESTAMPTZ 'epoch')
@@ -1533,10 +1606,10 @@ BEGIN
         SELECT p.timestamp FROM power_logs p
         WHERE isfinite(p.timestamp)
         ORDER BY p.timestamp
-        LIMIT 5000
+        LIMIT 50000
     ) p;
     IF next_until > state.final_until
-       AND NOT EXISTS (SELECT FROM quarter_marks m WHERE m.since < next_until)
+       AND NOT EXISTS (SELECT FROM quarter_marks)
     THEN
         UPDATE power_quarters q SET final = true
         WHERE q.quarter >= state.final_until AND q.quarter < next_until AND NOT q.final;
@@ -1581,8 +1654,7 @@ BEGIN
     FOR function_name IN
         SELECT oid FROM pg_proc
         WHERE prosecdef AND pronamespace = current_schema()::regnamespace
-          AND proname IN ('logs_table', 'is_watched', 'mark_changes', 'make_quarters',
-                          'finish_quarters')
+          AND proname IN ('logs_table', 'mark_changes', 'make_quarters', 'finish_quarters')
     LOOP
         EXECUTE format('ALTER FUNCTION %s SET search_path = %s, pg_temp',
                        function_name, places);

@@ -368,12 +368,89 @@ async def test_csv_opens_in_a_spreadsheet_and_holds_no_formula(running):
         )
     )
     assert fetch(running, "/data/coverage.csv", row_length="60", **WINDOW)[2].endswith(
-        b",30,0,0,0\r\n"
+        b",30,0,0,0,0\r\n"
     )
     assert (
         fetch(running, "/data/energy.csv", device="none")[2]
         == b"device_id,channel,day,energy_wh,rows,energy_returned_wh\r\n"
     )
+
+
+async def test_months_and_gaps_are_questions_like_the_others(running, database):
+    execute(
+        database,
+        "DELETE FROM power_logs WHERE device_id = 'b' AND timestamp BETWEEN"
+        " '2026-11-20 10:10+00' AND '2026-11-20 10:14+00'",
+    )
+    months = json.loads(fetch(running, "/data/months.json", device="b", **WINDOW)[2])
+    assert months == [
+        {
+            "device_id": "b",
+            "channel": "switch:0",
+            "month": "2026-11-01",
+            "energy_wh": 301.875,
+            "rows": 25,
+            "energy_returned_wh": None,
+        }
+    ]
+    gaps = fetch(running, "/data/gaps.csv", row_length="60", **WINDOW)[2]
+    assert gaps.decode().splitlines() == [
+        "device_id,channel,kind,began_at,ended_at,missing",
+        '"b","switch:0","no data",2026-11-20 10:10:00+00,2026-11-20 10:15:00+00,5',
+    ]
+
+
+async def test_the_health_page_says_how_far_quarters_are_made(collectors, database):
+    await sc.database.apply_schema(conn := await sc.database.connect(database))
+    await conn.close()
+    execute(
+        database,
+        "INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v,"
+        " current_a, energy_total_wh) SELECT now() - n * interval '1 minute', d::text,"
+        " 'switch:0', 60, 230, 1, 4000 - n FROM generate_series(1, 30) d,"
+        " generate_series(1, 4000) n",
+    )
+    running = await collectors(DATABASE_URL=database).ready()
+    await wait_for(lambda: "quarters: made back to 20" in running.get()[1])
+    await wait_for(lambda: "quarters: all made" in running.get()[1], 30)
+    texts = [line.split(" ", 2)[2] for line in running.log.splitlines()]
+    assert [text for text in texts if "quarters" in text] == [
+        "making quarters of an hour, so that questions about long times are answered quickly",
+        "quarters of an hour: all made",
+    ]
+    # A late row is made up for by itself.
+    execute(
+        database,
+        "UPDATE power_logs SET apower_w = 1 WHERE timestamp < now() - interval '2 days'",
+    )
+    assert query(database, "SELECT count(*) > 0 FROM quarter_marks") == [(True,)]
+    await wait_for(
+        lambda: query(database, "SELECT count(*) FROM quarter_marks") == [(0,)]
+    )
+    assert query(
+        database,
+        "SELECT DISTINCT max_w FROM power_quarters WHERE quarter < now() - interval '3 hours 2 days'",
+    ) == [(1.0,)]
+
+
+async def test_why_there_are_no_quarters_is_logged_and_the_page_works(
+    collectors, database
+):
+    running = await collectors(DATABASE_URL=database).ready()
+    await running.stop()
+    execute(
+        database,
+        "ALTER TABLE power_logs RENAME TO rows_of_power",
+        "CREATE VIEW power_logs AS SELECT * FROM rows_of_power",
+    )
+    await running.again()
+    await running.ready()
+    await wait_for(lambda: "quarters: none\n" in running.get()[1])
+    assert "so questions about long times are slow; none: " in running.log
+    async with device(running.url) as peer:
+        await peer.send(minute_frame())
+        await wait_for(lambda: "rows written: 1" in running.get()[1])
+    assert query(database, "SELECT rows FROM coverage()") == [(1,)]
 
 
 @pytest.mark.parametrize("name, parameter, value", [

@@ -27,7 +27,7 @@ DAY = timedelta(days=1)
 CLOCK = """
 CREATE TABLE clock (time TIMESTAMPTZ);
 CREATE FUNCTION public.now() RETURNS TIMESTAMPTZ LANGUAGE sql STABLE
-AS 'SELECT time FROM public.clock';
+AS 'SELECT time FROM clock';
 """
 INSERT = SQL("""
 INSERT INTO power_logs (device_id, channel, timestamp, apower_w, voltage_v, current_a,
@@ -72,11 +72,12 @@ class House:
     def make_all(self) -> str:
         """Make quarters until there is nothing left to do, as a collector does within
         seconds; return how far they are made."""
-        while True:
+        for _ in range(100):
             before = self.progress()
             ((progress,),) = self.all("SELECT make_quarters()")
             if self.progress() == before:
                 return progress
+        raise AssertionError("too many steps")
 
     def progress(self) -> list[tuple[Any, ...]]:
         return self.all(
@@ -228,7 +229,8 @@ class Life:
     def __init__(self, house: House, seed: int, unique: bool) -> None:
         self.house = house
         self.chance = random.Random(seed)
-        self.now = START + 2 * DAY
+        # Summer time begins some days later.
+        self.now = START + 26 * DAY
         self.oldest = self.now
         self.unique = unique
         # The counters of each channel: total, given back, power.
@@ -265,6 +267,9 @@ class Life:
     def change(self) -> None:
         kinds = list(self.changes)
         (kind,) = self.chance.choices(kinds, list(self.changes.values()))
+        # The zone of whoever writes or makes quarters makes no difference.
+        zone = self.chance.choice(["UTC", "Europe/Paris", "Asia/Kathmandu"])
+        self.house.run(f"SET TimeZone = '{zone}'")
         kind()
         if self.open is not None and self.chance.random() < 0.2:
             self.end_transaction()
@@ -723,6 +728,27 @@ def test_a_long_table_is_taken_in_step_by_step_the_newest_first(house):
     assert_quarters_are_those_of_rows(house.conn)
 
 
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Paris"])
+def test_a_day_has_24_hours_whatever_the_zone_of_who_makes_quarters(house, zone):
+    house.run(f"SET TimeZone = '{zone}'")
+    # The night to summer time in Paris. The 0 is no reading: 23.5 hours ago it was 1,000.
+    ten = START + 27 * DAY + 10 * HOUR
+    for after, wh in ((0, 1000), (1, 0), (1410, 0), (1411, 1030), (1412, 1031)):
+        row = ("house", "switch:0", ten + after * MINUTE, 60, wh, None, None)
+        house.conn.execute(INSERT, row)
+    house.set_clock(ten + 2 * DAY)
+    house.make_all()
+    assert sum(wh for wh, _ in energy(house)) == 1.0
+    house.run("SET TimeZone = 'UTC'")
+    assert sum(wh for wh, _ in energy(house)) == 1.0
+    house.run(f"SET TimeZone = '{zone}'")
+    house.run("UPDATE power_logs SET energy_total_wh = 0 WHERE timestamp = %s", ten)
+    house.run("SET TimeZone = 'UTC'")
+    assert sum(wh for wh, _ in energy(house)) == 1031.0
+    house.make_all()
+    assert sum(wh for wh, _ in energy(house)) == 1031.0
+
+
 # ---- Retention ----
 
 
@@ -761,6 +787,62 @@ def test_no_row_is_deleted_before_its_quarter_is_made(house):
     house.run("SELECT forget_rows(3)")
     # Its quarter is marked.
     assert house.all("SELECT count(*) FROM power_logs") == [(5 * 1440 / 5 + 1,)]
+
+
+def test_a_late_row_above_the_horizon_is_made_up_for_before_the_horizon_moves(house):
+    house.put(*range(0, 600), *range(900, 6000))
+    house.set_clock(minute(6010))
+    house.make_all()
+    house.put(*range(630, 900))
+    # The row before these is in the quarter that would be final.
+    house.set_clock(minute(610) + 1 * DAY)
+    house.run("SELECT forget_rows(1)")
+    house.make_all()
+    assert sum(rows for _, rows in energy(house)) == 5970
+    assert sum(wh for wh, _ in energy(house)) == 5999.0
+
+
+def test_final_quarters_stay_whatever_becomes_of_the_rest(house):
+    house.put(*range(0, 5 * 1440, 5))
+    house.set_clock(minute(5 * 1440 + 7))
+    house.make_all()
+    before = energy(house)
+    for _ in range(9):
+        house.run("SELECT forget_rows(3)")
+    house.run("CREATE TABLE spare AS SELECT power_logs FROM power_logs")
+    # An empty table takes its place.
+    house.run("ALTER TABLE power_logs RENAME TO archive")
+    house.run("CREATE TABLE power_logs (LIKE archive INCLUDING ALL)")
+    assert energy(house) == before[:2]
+    house.make_all()
+    assert energy(house) == before[:2]
+    house.run("INSERT INTO power_logs SELECT (power_logs).* FROM spare")
+    assert energy(house) == before
+    house.make_all()
+    assert energy(house) == before
+    assert_answered_from_quarters(house)
+    # The clock is wrong for once.
+    house.set_clock(START - 400 * DAY)
+    house.run("SELECT make_quarters()")
+    assert energy(house) == before
+
+
+def test_a_horizon_of_a_clock_that_was_ahead_is_put_back(house):
+    hours(house, 5)
+    ahead = START + 400 * DAY
+    house.run("UPDATE quarter_state SET final_until = made_until + interval '300 days'")
+    house.set_clock(ahead)
+    house.put(400 * 1440)
+    house.make_all()
+    house.run("DELETE FROM power_logs WHERE timestamp > %s", START + DAY)
+    house.set_clock(minute(320))
+    house.put(*range(300, 318))
+    house.make_all()
+    house.set_clock(minute(700))
+    house.put(*range(318, 690))
+    assert house.make_all() == "all made"
+    assert house.all("SELECT final_until < now() FROM quarter_state") == [(True,)]
+    assert energy(house)[0][1] > 300
 
 
 def test_a_clock_far_ahead_deletes_nothing(house):
@@ -848,6 +930,60 @@ def test_a_table_that_reports_no_changes_is_noticed_and_taken_in_anew(house, cha
     assert_quarters_are_those_of_rows(house.conn)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "TRUNCATE quarter_state",
+        "TRUNCATE quarter_state, power_quarters, quarter_marks",
+        "DROP TABLE quarter_marks CASCADE; DROP TABLE power_quarters CASCADE",
+        "DROP TABLE quarter_state CASCADE",
+    ],
+)
+def test_who_throws_quarters_away_gets_them_made_anew(house, change):
+    hours(house, 5)
+    for statement in change.split("; "):
+        house.run(statement)
+    house.put(*range(300, 330))
+    house.run((ROOT / "schema.sql").read_text())
+    assert energy(house) == [(329.0, 330)]
+    assert house.make_all() == "all made"
+    assert energy(house) == [(329.0, 330)]
+    assert_answered_from_quarters(house)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ALTER SCHEMA public RENAME TO energy; SET search_path = energy, pg_catalog",
+        "CREATE SCHEMA other; ALTER TABLE quarter_state SET SCHEMA other",
+        "DROP TABLE quarter_state CASCADE",
+    ],
+)
+def test_rows_go_in_when_no_mark_can_be_set(house, change):
+    hours(house, 2)
+    for statement in change.split("; "):
+        house.run(statement)
+    house.put(150, 151, 152)
+    house.run("DELETE FROM power_logs WHERE timestamp = %s", minute(152))
+    assert house.all("SELECT count(*) FROM power_logs") == [(122,)]
+
+
+def test_a_new_owner_of_the_tables_gets_his_rows_and_right_answers(house):
+    name = f"heir_{house.conn.info.dbname}"
+    hours(house, 2)
+    house.run(f"CREATE ROLE {name}")
+    house.run(f"ALTER FUNCTION mark_changes() OWNER TO {name}")
+    house.run("DELETE FROM power_logs WHERE timestamp > %s", minute(30))
+    assert energy(house) == [(30.0, 31)]
+    house.run("ALTER FUNCTION mark_changes() OWNER TO postgres")
+    house.run(f"DROP ROLE {name}")
+
+
+def test_tables_that_inherit_from_it_are_refused(house):
+    house.run("CREATE TABLE march () INHERITS (power_logs)")
+    assert house.make_all().startswith("none: power_logs has tables that inherit")
+
+
 # ---- Rights ----
 
 
@@ -908,6 +1044,19 @@ def test_who_may_read_the_table_may_read_its_quarters_and_nobody_else(house, rol
     window = (START, START + DAY)
     assert conn.execute(asked, window).fetchall() == [(300,)]
     assert conn.execute("SELECT count(*) FROM readable_quarters").fetchall() == [(19,)]
+
+
+def test_who_may_not_insert_takes_no_step(house, role):
+    conn = role("SELECT ON power_logs", "SELECT ON clock")
+    assert conn.execute("SELECT make_quarters()").fetchall() == [
+        ("none: this role may not insert into power_logs",)
+    ]
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        conn.execute("CREATE TEMP TABLE mine (device_id TEXT)")
+        conn.execute(
+            "CREATE TRIGGER mine AFTER INSERT ON mine REFERENCING NEW TABLE AS"
+            " changed_rows FOR EACH STATEMENT EXECUTE FUNCTION mark_changes()"
+        )
 
 
 def test_a_temporary_table_does_not_catch_the_marks(house, role):
@@ -999,6 +1148,30 @@ def test_a_month_is_the_sum_of_its_days_in_the_zone(house):
         ((wh, rows),) = house.all(days, *window)
         assert sum(month[1] for month in months) == pytest.approx(wh)
         assert sum(month[2] for month in months) == rows
+        house.make_all()
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "found"),
+    [
+        ("'-infinity'", "'infinity'", 1),
+        ("'2026-01-01'", "'250000-12-31'", 1),
+        ("'2026-03-02'", "'2026-03-01'", 0),
+        ("'2026-03-01'", "'2026-03-01'", 0),
+        ("NULL", "now()", 0),
+        ("'2026-03-01'", "NULL", 0),
+    ],
+)
+def test_windows_without_end_or_sense_are_answered(house, since, until, found):
+    house.put(*range(100))
+    house.set_clock(minute(110))
+    for _ in range(2):
+        for question in ("energy_by_day", "energy_by_month", "coverage"):
+            asked = f"SELECT * FROM {question}({since}, {until})"
+            assert len(house.all(asked)) == found, question
+        asked = f"SELECT * FROM power_series({since}, {until}, '1 day')"
+        assert len(house.all(asked)) == found
+        assert house.all(f"SELECT * FROM gaps({since}, {until})") == []
         house.make_all()
 
 
