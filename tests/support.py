@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pwd
+import re
 import signal
 import socket
 import sqlite3
@@ -550,6 +551,17 @@ def sql_of_docs(page: str, heading: str) -> str:
     _, _, section = (ROOT / "docs" / page).read_text().partition(f"# {heading}\n")
     _, _, block = section.partition("```sql\n")
     return block.partition("```")[0]
+
+
+def join_ids(old_id: str, new_id: str) -> str:
+    """What the docs say to run for a device that has a new id, with these ids."""
+    statement = sql_of_docs("table.md", "A device that has a new id")
+    for name, value in (("old_id", old_id), ("new_id", new_id)):
+        statement, count = re.subn(
+            f"{name} TEXT := '.*'", f"{name} TEXT := '{value}'", statement
+        )
+        assert count == 1
+    return statement
 
 
 # The table of the first system, which this collector has taken over.

@@ -1,7 +1,6 @@
 """schema.sql and the INSERT, against a real PostgreSQL."""
 
 import asyncio
-import re
 
 import psycopg
 import pytest
@@ -25,6 +24,7 @@ from support import (
     device,
     execute,
     fill,
+    join_ids,
     minute_frame,
     new_collector,
     notify,
@@ -32,7 +32,6 @@ from support import (
     query,
     read_rows,
     run_script,
-    sql_of_docs,
     stop_writer,
     wait_for,
     wait_for_rows,
@@ -1243,17 +1242,6 @@ async def test_a_view_of_the_owner_on_energy_by_day_stops_no_update_and_goes_on_
 
 
 OTHER_ID = "shelly1pmg2-a1b2c3d4e5f6"
-
-
-def join_ids(old_id, new_id):
-    """What the docs say to run, with these ids."""
-    statement = sql_of_docs("table.md", "A device that has a new id")
-    for name, value in (("old_id", old_id), ("new_id", new_id)):
-        statement, count = re.subn(
-            f"{name} TEXT := '.*'", f"{name} TEXT := '{value}'", statement
-        )
-        assert count == 1
-    return statement
 
 
 async def test_two_ids_of_one_device_become_one_history(writer, database):

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from psycopg.sql import SQL
 
-from support import ROOT
+from support import ROOT, join_ids
 
 # Changes in the random test. CI makes 300; ten thousand take some minutes.
 CHANGES = int(os.environ.get("CHANGES", "300"))
@@ -774,6 +774,37 @@ def test_retention_deletes_rows_by_whole_quarters_and_their_quarters_stay(house)
     assert sum(rows for _, rows in energy(house)) == 3 * 1440 / 5 + 1
     house.make_all()
     assert sum(rows for _, rows in energy(house)) == 3 * 1440 / 5 + 1
+
+
+def test_the_quarters_of_a_device_that_has_a_new_id_go_along(house):
+    house.put(*range(0, 5 * 1440, 5))
+    # It had the new id on the second and third day, and since the fifth.
+    house.run(
+        "UPDATE power_logs SET device_id = 'newer' WHERE timestamp >= %s"
+        " AND date_trunc('day', timestamp, 'UTC') <> %s",
+        minute(1440),
+        minute(3 * 1440),
+    )
+    # Both have the first row of the second day, so both have that quarter.
+    house.put(1440)
+    house.set_clock(minute(5 * 1440 + 7))
+    house.make_all()
+    for _ in range(9):
+        house.run("SELECT forget_rows(3)")
+        house.make_all()
+    # The rows of two days are gone.
+    ids = "SELECT device_id, final, count(*) FROM power_quarters GROUP BY 1, 2 ORDER BY 1, 2"
+    assert house.all(ids) == [
+        ("house", False, 96),
+        ("house", True, 97),
+        ("newer", False, 191),
+        ("newer", True, 96),
+    ]
+    house.run(join_ids("house", "newer"))
+    for _ in range(2):
+        assert energy(house) == [(1440.0, 288)] * 4 + [(1435.0, 288)]
+        house.make_all()
+    assert house.all(ids) == [("newer", False, 287), ("newer", True, 192)]
 
 
 def test_no_row_is_deleted_before_its_quarter_is_made(house):
