@@ -46,22 +46,26 @@ class Quarters:
 
     def note(self, progress: str) -> None:
         """Keep what make_quarters says, and log it if that is news to the owner."""
-        if progress.startswith("made back to") and not self.is_taking_in:
-            self.is_taking_in = True
-            log.info(
-                "making quarters of an hour, so that questions about long times are"
-                " answered quickly"
-            )
-        elif progress == "all made" and self.is_taking_in:
+        before = self.progress
+        self.progress = progress
+        if progress.startswith("none"):
+            if not before.startswith("none"):
+                log.warning(
+                    "quarters of an hour cannot be made, so questions about long times"
+                    " are slow; %s",
+                    progress,
+                )
+        elif progress.startswith("made back to"):
+            # A table that is done in one step makes no line.
+            if before.startswith("made back to") and not self.is_taking_in:
+                self.is_taking_in = True
+                log.info(
+                    "making quarters of an hour, so that questions about long times are"
+                    " answered quickly"
+                )
+        elif self.is_taking_in:
             self.is_taking_in = False
             log.info("quarters of an hour: all made")
-        elif progress.startswith("none") and not self.progress.startswith("none"):
-            log.warning(
-                "quarters of an hour cannot be made, so questions about long times are"
-                " slow; %s",
-                progress,
-            )
-        self.progress = progress
 
 
 async def keep_making_quarters(

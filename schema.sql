@@ -1471,12 +1471,6 @@ BEGIN
     INTO oldest
     FROM power_logs p WHERE isfinite(p.timestamp)
     HAVING count(*) > 0;
-    IF NOT EXISTS (
-        SELECT FROM power_quarters q
-        WHERE q.quarter >= state.final_until AND q.quarter < oldest)
-    THEN
-        RETURN;
-    END IF;
     UPDATE power_quarters SET final = true WHERE ctid = ANY (ARRAY(
         SELECT q.ctid FROM power_quarters q
         WHERE q.quarter >= state.final_until AND q.quarter < oldest AND NOT q.final
@@ -1485,10 +1479,9 @@ BEGIN
                          WHERE isfinite(p.timestamp))
         LIMIT 20000));
     GET DIAGNOSTICS kept = ROW_COUNT;
-    UPDATE quarter_state SET final_until = oldest
-    WHERE kept = 0 AND NOT EXISTS (
-        SELECT FROM power_quarters q
-        WHERE q.quarter >= state.final_until AND q.quarter < oldest AND NOT q.final);
+    IF kept BETWEEN 1 AND 19999 THEN
+        UPDATE quarter_state SET final_until = oldest;
+    END IF;
 END
 $$;
 
@@ -1535,8 +1528,8 @@ BEGIN
     IF state.made_from > '-infinity' THEN
         RETURN 'made back to ' || to_char(state.made_from AT TIME ZONE 'UTC', 'YYYY-MM-DD');
     END IF;
-    IF EXISTS (SELECT FROM quarter_marks) THEN
-        RETURN 'being made anew where rows have changed';
+    IF state.made_until < newest_end() OR EXISTS (SELECT FROM quarter_marks) THEN
+        RETURN 'being made';
     END IF;
     RETURN 'all made';
 END
