@@ -22,10 +22,11 @@ log = logging.getLogger("shelly_collector")
 STEP_TIMEOUT = 20.0
 # When everything is made.
 PAUSE = 2.0
-# When there is more to do, at least: another collector may be doing it.
+# The shortest pause while there is more to do. A step returns at once if another
+# collector is at work.
 SHORT_PAUSE = 0.2
-# When they cannot be made at all, or not now: the lock for the triggers was not to be
-# had, say, and each try makes writers wait.
+# When they cannot be made. The lock for the triggers may have timed out, and each try
+# holds up writers.
 PAUSE_WITHOUT = 60.0
 
 
@@ -33,11 +34,11 @@ class Quarters:
     """How far the quarters are made."""
 
     def __init__(self) -> None:
-        # As make_quarters says it, e.g. "all made", "made back to 2026-03-01" or
-        # "none: must be owner of table power_logs".
+        # As make_quarters says it: "all made", "being made", "made back to 2026-03-01",
+        # or "none: must be owner of table power_logs".
         self.progress = "not known yet"
-        # Whether an owner was told that they are being made.
-        self.is_taking_in = False
+        # Whether the owner was told that they are being made.
+        self.was_announced = False
 
     def summary(self) -> str:
         """Return the progress without reasons, which are not for everybody."""
@@ -57,14 +58,14 @@ class Quarters:
                 )
         elif progress.startswith("made back to"):
             # A table that is done in one step makes no line.
-            if before.startswith("made back to") and not self.is_taking_in:
-                self.is_taking_in = True
+            if before.startswith("made back to") and not self.was_announced:
+                self.was_announced = True
                 log.info(
                     "making quarters of an hour, so that questions about long times are"
                     " answered quickly"
                 )
-        elif self.is_taking_in:
-            self.is_taking_in = False
+        elif progress == "all made" and self.was_announced:
+            self.was_announced = False
             log.info("quarters of an hour: all made")
 
 
@@ -93,7 +94,7 @@ def pause_after(progress: str, step_s: float) -> float:
         return PAUSE
     if progress.startswith("none"):
         return PAUSE_WITHOUT
-    # There is more to do, in half of the time.
+    # Rest as long as the step took, so the database is busy half of the time at most.
     return max(step_s, SHORT_PAUSE)
 
 

@@ -72,6 +72,11 @@ END $$;
 -- The quarters of an hour of each channel, made from its rows. "Quarters", below, says more.
 DO $$
 BEGIN
+    -- marked_until: a change of a row before it leaves a mark
+    -- made_until:   quarters are made up to here
+    -- made_from:    quarters are made back to here; -infinity when all older ones are made
+    -- final_until:  the horizon: quarters before it are final, and their rows may be gone
+    -- logs_oid:     the power_logs that they were made from; NULL if there can be none
     IF to_regclass('quarter_state') IS NULL THEN
         CREATE TABLE quarter_state (
             -- There is one row, or none as long as no quarter has been made.
@@ -127,6 +132,8 @@ BEGIN
             channel     VARCHAR(20)  NOT NULL,
             since       TIMESTAMPTZ  NOT NULL,
             until       TIMESTAMPTZ  NOT NULL,
+            -- Whether rows were taken away by a statement. If rows are missing without that,
+            -- their partition was dropped.
             removes     BOOLEAN      NOT NULL
         );
         UPDATE quarter_state SET logs_oid = NULL;
@@ -677,13 +684,14 @@ $$;
 -- until the quarters that it touches are made again, they are worked out from rows. `final` is
 -- a quarter whose rows were deleted because of their age; it stays as it is.
 
--- The table that the quarters belong to.
+-- power_logs as the owner of this function finds it, whatever temporary table the caller has.
 CREATE OR REPLACE FUNCTION logs_table() RETURNS OID
 LANGUAGE sql STABLE SECURITY DEFINER AS $$
     SELECT to_regclass('power_logs')::oid
 $$;
 
--- Whether a table reports its changes. It may have been restored, or have lost its triggers.
+-- Whether a table reports its changes: it has all five triggers of watch_logs. A restored table
+-- may have lost them.
 CREATE OR REPLACE FUNCTION is_watched(logs OID) RETURNS BOOLEAN
 LANGUAGE sql STABLE AS $$
     SELECT count(*) = 5
@@ -691,8 +699,8 @@ LANGUAGE sql STABLE AS $$
     WHERE t.tgrelid = logs AND t.tgenabled IN ('O', 'A')
       AND t.tgname LIKE 'mark_changes_%'
       -- The owner of the tables may be another one by now.
-      AND has_table_privilege(f.proowner, 'quarter_marks', 'INSERT')
-      AND has_table_privilege(f.proowner, 'quarter_state', 'SELECT, UPDATE')
+      AND has_table_privilege(f.proowner, to_regclass('quarter_marks')::oid, 'INSERT')
+      AND has_table_privilege(f.proowner, to_regclass('quarter_state')::oid, 'UPDATE')
 $$;
 
 -- Whoever may read power_logs may read what is made of it, through the views below. Neither the
@@ -710,9 +718,10 @@ SELECT * FROM power_quarters WHERE (SELECT may_read_quarters());
 CREATE OR REPLACE VIEW readable_quarter_marks AS
 SELECT * FROM quarter_marks WHERE (SELECT may_read_quarters());
 
--- Quarters before `usable_until` can be used. The newest one that is made is not among them: it
--- is open for nearly every channel. While the table is being taken in, only final ones are, and
--- so it is if power_logs is another table by now.
+-- Only quarters before usable_until are read. The newest one that is made is excluded, since
+-- nearly every channel still lacks its next row there. If older rows are still to be taken in,
+-- if power_logs is another table by now, or if it has lost its triggers, only final ones are
+-- read.
 CREATE OR REPLACE VIEW readable_quarter_state AS
 SELECT CASE WHEN made_from = '-infinity' AND logs_oid = logs_table() AND is_watched(logs_oid)
             THEN greatest(made_until - INTERVAL '15 minutes', final_until)
@@ -850,26 +859,27 @@ RETURNS TSTZMULTIRANGE LANGUAGE sql STABLE AS $$
     ) before
 $$;
 
--- Until when a window's last rows may rise: 24 hours after its end.
+-- How far beyond the end of a window the next row of its last row is looked for. A time near
+-- PostgreSQL's largest would overflow.
 CREATE OR REPLACE FUNCTION day_after(at TIMESTAMPTZ) RETURNS TIMESTAMPTZ
 LANGUAGE sql STABLE AS $$
     SELECT least(at, '9999-12-30 00:00+00') + INTERVAL '24 hours'
 $$;
 
--- For each channel the quarters that are not to be taken from power_quarters: what changed rows
--- touch, an open quarter that has a next row by now, and one whose next row is too far after
--- `until` for a rise.
-CREATE OR REPLACE FUNCTION stale_quarters(until TIMESTAMPTZ)
+-- For each channel the quarters that a window may not take from power_quarters.
+CREATE OR REPLACE FUNCTION unusable_quarters(until TIMESTAMPTZ)
 RETURNS TABLE (device_id VARCHAR, channel VARCHAR, quarters TSTZMULTIRANGE)
 LANGUAGE sql STABLE AS $$
-    SELECT stale.device_id, stale.channel, range_agg(stale.range)
+    SELECT unusable.device_id, unusable.channel, range_agg(unusable.range)
     FROM (
+        -- What changed rows touch.
         SELECT m.device_id, m.channel,
                unnest(with_quarter_before(m.device_id, m.channel,
                                           range_agg(tstzrange(m.since, m.until)))) AS range
         FROM readable_quarter_marks m
         GROUP BY m.device_id, m.channel
         UNION ALL
+        -- Open quarters that have a next row by now.
         SELECT q.device_id, q.channel, tstzrange(q.quarter, q.quarter + INTERVAL '15 minutes')
         FROM readable_quarters q
         WHERE q.next_row IS NULL AND NOT q.final
@@ -878,13 +888,15 @@ LANGUAGE sql STABLE AS $$
                  AND p.timestamp > q.last_row
                ORDER BY p.timestamp LIMIT 1) IS NOT NULL
         UNION ALL
+        -- Those whose next row comes more than a day after the window: the rise to it does not
+        -- count there.
         SELECT q.device_id, q.channel, tstzrange(q.quarter, q.quarter + INTERVAL '15 minutes')
         FROM readable_quarters q
         WHERE q.next_row - q.last_row > INTERVAL '1 day' AND NOT q.final
-          AND q.next_row >= day_after(stale_quarters.until)
-          AND q.last_row < stale_quarters.until
-    ) stale
-    GROUP BY stale.device_id, stale.channel
+          AND q.next_row >= day_after(unusable_quarters.until)
+          AND q.last_row < unusable_quarters.until
+    ) unusable
+    GROUP BY unusable.device_id, unusable.channel
 $$;
 
 -- What quarters_of_rows(since, until) returns, but whole quarters are taken from power_quarters
@@ -899,49 +911,54 @@ RETURNS TABLE (device_id VARCHAR, channel VARCHAR, quarter TIMESTAMPTZ, rows BIG
                resets TIMESTAMPTZ[])
 LANGUAGE sql STABLE AS $$
     WITH
-    -- One row: the time of the first whole quarter, and until when they are made and final.
+    -- One row: from when until when whole quarters can be taken from power_quarters; none if
+    -- the window makes no sense. LIMIT tells the planner that it is one.
     whole AS (
         SELECT w.first,
-               greatest(w.first, least(w.until, coalesce(s.usable_until, '-infinity')))
-                   AS made_until,
+               greatest(w.first, least(w.last_end, coalesce(s.usable_until, '-infinity')))
+                   AS stored_until,
                coalesce(s.final_until, '-infinity') AS final_until,
                coalesce(s.usable_until > s.final_until, false) AS are_made
         FROM (
             SELECT date_bin('15 minutes', greatest(since, '0001-01-01 00:00+00')
-                                          + INTERVAL '14:59.999999',
+                                + INTERVAL '15 minutes' - INTERVAL '1 microsecond',
                             TIMESTAMPTZ 'epoch') AS first,
                    date_bin('15 minutes', least(until, '9999-12-31 00:00+00'),
-                            TIMESTAMPTZ 'epoch') AS until
-            WHERE since <= quarters_between.until
+                            TIMESTAMPTZ 'epoch') AS last_end
+            WHERE since <= until
         ) w
         LEFT JOIN readable_quarter_state s ON row_length = INTERVAL '1 minute'
         LIMIT 1
     )
-    -- Quarters that are made and not stale. IS TRUE keeps the planner from a wrong index.
+    -- Quarters that are made and usable. IS TRUE keeps the planner from a wrong index.
     SELECT q.device_id, q.channel, q.quarter, q.rows::bigint, q.rows_from_memory::bigint,
            q.sum_w, q.min_w, q.max_w, q.total_wh, q.largest_wh, q.returned_wh,
            q.first_row, q.last_row, q.gap_began, q.gap_ended, q.gap_power_w, q.resets
-    FROM readable_quarters q LEFT JOIN stale_quarters(until) s USING (device_id, channel)
+    FROM readable_quarters q LEFT JOIN unusable_quarters(until) s USING (device_id, channel)
     WHERE q.quarter >= since AND q.quarter < until
-      AND (q.quarter < (SELECT w.made_until FROM whole w)) IS TRUE
+      AND (q.quarter < (SELECT w.stored_until FROM whole w)) IS TRUE
       AND (q.final OR (q.quarter <@ s.quarters) IS NOT TRUE)
     UNION ALL
-    -- Those that are stale.
+    -- Those that are made and not usable, worked out from rows.
     SELECT s.device_id, s.channel, q.quarter, q.rows, q.rows_from_memory,
            q.sum_w, q.min_w, q.max_w, q.total_wh, q.largest_wh, q.returned_wh,
            q.first_row, q.last_row, q.gap_began, q.gap_ended, q.gap_power_w, q.resets
-    FROM whole w, stale_quarters(until) s,
+    FROM whole w, unusable_quarters(until) s,
          LATERAL unnest(s.quarters * tstzmultirange(
-             tstzrange(w.first, w.made_until) * tstzrange(w.final_until, NULL))) range,
+             tstzrange(w.first, w.stored_until) * tstzrange(w.final_until, NULL))) range,
          LATERAL quarters_of_channel(s.device_id, s.channel, lower(range), upper(range),
                                      day_after(until)) q
+    WHERE NOT EXISTS (
+        SELECT FROM readable_quarters f
+        WHERE f.device_id = s.device_id AND f.channel = s.channel
+          AND f.quarter = q.quarter AND f.final)
     UNION ALL
     -- The rows around the whole quarters.
     SELECT q.device_id, q.channel, q.quarter, q.rows, q.rows_from_memory,
            q.sum_w, q.min_w, q.max_w, q.total_wh, q.largest_wh, q.returned_wh,
            q.first_row, q.last_row, q.gap_began, q.gap_ended, q.gap_power_w, q.resets
     FROM whole w,
-         LATERAL (VALUES (since, least(w.first, until)), (w.made_until, until))
+         LATERAL (VALUES (since, least(w.first, until)), (w.stored_until, until))
              around (begins, ends),
          LATERAL quarters_of_rows(around.begins, around.ends,
                                   day_after(until), row_length) q
@@ -994,6 +1011,7 @@ RETURNS TABLE (device_id TEXT, channel TEXT, first_row TIMESTAMPTZ, last_row TIM
                rows BIGINT, missing BIGINT, longest_gap INTERVAL, resets BIGINT,
                from_memory BIGINT)
 LANGUAGE sql STABLE AS $$
+    -- Most quarters have no gap and no reset; CASE spares them the subqueries.
     SELECT q.device_id::text, q.channel::text, min(q.first_row), max(q.last_row),
            sum(q.rows)::bigint,
            coalesce(sum(CASE WHEN q.gap_began IS NOT NULL THEN (
@@ -1144,22 +1162,28 @@ LANGUAGE sql AS $$
 $$;
 
 -- ---- Making quarters ----
--- power_quarters depends only on the rows before made_until. make_quarters() does one of these
--- steps at a time, each in a short transaction:
+-- power_quarters depends only on the rows before made_until. A collector calls make_quarters()
+-- again and again. Each call takes one step, in a short transaction:
 --
--- 1. watch_logs gives power_logs its triggers. From then on, each changed row before
---    marked_until leaves a mark.
+-- 1. watch_logs gives power_logs its triggers (mark_changes). From then on, each changed row
+--    before marked_until leaves a mark.
 -- 2. advance_mark moves marked_until on, at a moment when no transaction that has written rows
 --    is open; advance_quarters then makes the quarters up to there.
 -- 3. remake_marked makes quarters anew whose rows have changed.
--- 4. take_in makes the quarters of older rows, the newest first, until made_from is -infinity.
--- 5. keep_dropped declares final what a dropped partition has left.
+-- 4. make_older_quarters makes those of older rows, the newest first, until made_from is
+--    -infinity.
+-- 5. finalize_dropped declares final what a dropped partition has left.
+--
+-- Besides, forget_rows lets finalize_expired declare quarters final, and deletes their rows.
 
--- On power_logs, for each statement. A changed row touches its own quarter, that of the row
--- before it, and those of the 24 hours after it, since a rise may be judged by rows so far
--- back. The mark holds the first and the last of these; the row before may be another one by
--- the time that the mark is used, so it is looked up then. The lock is kept until the end of the
--- transaction. A transaction that may not see the newest marked_until marks every row.
+-- On power_logs, for each statement; an UPDATE has two, for where its rows were and where they
+-- are. There is a mark for each channel and day, lest two far rows mark all between them.
+--
+-- A changed row touches its own quarter, that of the row before it, and those of the 24 hours
+-- after it, since a rise may be judged by rows so far back. The mark holds the first and the
+-- last of these; the row before may be another one by the time that the mark is used, so it is
+-- looked up then. The lock is kept until the end of the transaction, for advance_mark. A
+-- transaction that may not see the newest marked_until marks every row.
 --
 -- Rows go in even if no mark can be set, because the tables have another owner, or another
 -- schema, or are gone. No quarter is used then: is_watched or logs_table see it.
@@ -1203,7 +1227,8 @@ $$;
 
 REVOKE EXECUTE ON FUNCTION mark_changes() FROM PUBLIC;
 
--- This takes the owner's right, and a lock that waits for all writers.
+-- Needs the owner's rights, and a lock that waits for all writers. CREATE OR REPLACE leaves a
+-- disabled trigger disabled, hence the ALTER TABLE.
 CREATE OR REPLACE FUNCTION watch_logs() RETURNS VOID
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -1240,12 +1265,12 @@ BEGIN
                            ENABLE TRIGGER mark_changes_truncate;
     SET LOCAL lock_timeout TO DEFAULT;
     DELETE FROM quarter_marks;
-    PERFORM start_anew();
+    PERFORM restart_quarters();
 END
 $$;
 
 -- From now on no quarter counts as made, except final ones.
-CREATE OR REPLACE FUNCTION start_anew() RETURNS VOID
+CREATE OR REPLACE FUNCTION restart_quarters() RETURNS VOID
 LANGUAGE plpgsql AS $$
 DECLARE
     start TIMESTAMPTZ := newest_end();
@@ -1259,23 +1284,24 @@ BEGIN
 END
 $$;
 
--- Whether the clock has been wrong, and rows of the future were deleted since: nothing that is
--- written now would be made. A horizon of the future is taken back then.
+-- Whether quarters are made further than the rows reach. That happens if the clock was ahead,
+-- and the rows of that time have been deleted. New rows would lie before made_until, and each
+-- would set a mark. The same with the horizon: rows before it would not count at all.
 CREATE OR REPLACE FUNCTION is_ahead(state quarter_state) RETURNS BOOLEAN
-LANGUAGE plpgsql AS $$
-DECLARE
-    oldest TIMESTAMPTZ;
-    newest TIMESTAMPTZ;
-BEGIN
-    SELECT min(p.timestamp), max(p.timestamp) INTO oldest, newest
-    FROM power_logs p WHERE isfinite(p.timestamp);
-    IF newest < state.final_until THEN
-        UPDATE quarter_state
-        SET final_until = date_bin('15 minutes', oldest, TIMESTAMPTZ 'epoch');
-        RETURN true;
-    END IF;
-    RETURN state.made_until > newest + INTERVAL '24 hours';
-END
+LANGUAGE sql STABLE AS $$
+    SELECT state.made_until > max(p.timestamp) + INTERVAL '24 hours'
+           OR state.final_until > max(p.timestamp)
+    FROM power_logs p WHERE isfinite(p.timestamp)
+$$;
+
+-- Moves the horizon back to the oldest row, if all rows lie before it.
+CREATE OR REPLACE FUNCTION lower_horizon() RETURNS VOID
+LANGUAGE sql AS $$
+    UPDATE quarter_state SET final_until = (
+        SELECT date_bin('15 minutes', min(p.timestamp), TIMESTAMPTZ 'epoch')
+        FROM power_logs p WHERE isfinite(p.timestamp))
+    WHERE final_until > (SELECT max(p.timestamp) FROM power_logs p
+                         WHERE isfinite(p.timestamp))
 $$;
 
 -- Until when quarters may be made now. The rows of a minute come until some minutes later.
@@ -1287,27 +1313,27 @@ LANGUAGE sql STABLE AS $$
     FROM power_logs p WHERE isfinite(p.timestamp)
 $$;
 
--- Goes on by some 50,000 rows at most. Whoever writes rows holds a lock until the end of his
--- transaction, so nobody who knows only the old marked_until is left when this one is taken.
--- Returns whether it was to be had.
+-- Goes on by some 50,000 rows at most. Writers hold ROW SHARE on quarter_state until they
+-- commit (mark_changes). So when this lock is granted, no open transaction still goes by the
+-- old marked_until. Returns false if a writer is active.
 CREATE OR REPLACE FUNCTION advance_mark() RETURNS BOOLEAN
 LANGUAGE plpgsql AS $$
 DECLARE
     state quarter_state;
     next_until TIMESTAMPTZ := newest_end();
-    -- Before which there are so many rows; NULL if there are fewer.
-    enough TIMESTAMPTZ;
+    -- The time before which so many rows lie; NULL if fewer are left.
+    step_end TIMESTAMPTZ;
 BEGIN
     SELECT * INTO state FROM quarter_state;
     SELECT least(next_until, greatest(date_bin('15 minutes', p.timestamp, TIMESTAMPTZ 'epoch'),
                                       state.marked_until + INTERVAL '15 minutes'))
-    INTO enough
+    INTO step_end
     FROM power_logs p
     WHERE p.timestamp >= state.marked_until AND p.timestamp < next_until
     ORDER BY p.timestamp
     OFFSET 50000 LIMIT 1;
     LOCK TABLE quarter_state IN EXCLUSIVE MODE NOWAIT;
-    UPDATE quarter_state SET marked_until = coalesce(enough, next_until);
+    UPDATE quarter_state SET marked_until = coalesce(step_end, next_until);
     RETURN true;
 EXCEPTION
     WHEN lock_not_available THEN
@@ -1339,7 +1365,7 @@ BEGIN
                       WHERE p.device_id = q.device_id AND p.channel = q.channel
                         AND p.timestamp > q.last_row AND p.timestamp < state.marked_until)
     LOOP
-        PERFORM make_anew(quarter.device_id, quarter.channel, quarter.since,
+        PERFORM replace_quarters(quarter.device_id, quarter.channel, quarter.since,
                           quarter.since + INTERVAL '15 minutes', state.marked_until);
     END LOOP;
     UPDATE quarter_state SET made_until = state.marked_until;
@@ -1347,7 +1373,7 @@ END
 $$;
 
 -- Makes the quarters of a channel between two times, from rows before `known_until`.
-CREATE OR REPLACE FUNCTION make_anew(
+CREATE OR REPLACE FUNCTION replace_quarters(
     device TEXT, component TEXT, since TIMESTAMPTZ, until TIMESTAMPTZ, known_until TIMESTAMPTZ)
 RETURNS VOID LANGUAGE plpgsql AS $$
 BEGIN
@@ -1360,7 +1386,7 @@ BEGIN
 END
 $$;
 
--- Goes through the marks, some 31 days of a channel at a time. What is left after 0.3 s is
+-- Goes through the marks, at most 31 days of a channel at a time. What is left after 0.3 s is
 -- marked again, and a mark that is set meanwhile stays for the next call.
 CREATE OR REPLACE FUNCTION remake_marked() RETURNS VOID
 LANGUAGE plpgsql AS $$
@@ -1394,9 +1420,9 @@ BEGIN
                 CONTINUE;
             END IF;
             IF NOT marked.removes THEN
-                PERFORM keep_vanished(marked.device_id, marked.channel, part);
+                PERFORM finalize_vanished(marked.device_id, marked.channel, part);
             END IF;
-            PERFORM make_anew(marked.device_id, marked.channel, lower(part), upper(part),
+            PERFORM replace_quarters(marked.device_id, marked.channel, lower(part), upper(part),
                               state.made_until);
         END LOOP;
     END LOOP;
@@ -1405,7 +1431,7 @@ $$;
 
 -- Where rows have vanished without a mark, their partition was dropped. What is known of them
 -- then stays, even if a late row comes.
-CREATE OR REPLACE FUNCTION keep_vanished(device TEXT, component TEXT, part TSTZRANGE)
+CREATE OR REPLACE FUNCTION finalize_vanished(device TEXT, component TEXT, part TSTZRANGE)
 RETURNS VOID LANGUAGE plpgsql AS $$
 BEGIN
     UPDATE power_quarters q SET final = true
@@ -1423,7 +1449,7 @@ END
 $$;
 
 -- Takes in some 50,000 rows.
-CREATE OR REPLACE FUNCTION take_in() RETURNS VOID
+CREATE OR REPLACE FUNCTION make_older_quarters() RETURNS VOID
 LANGUAGE plpgsql AS $$
 DECLARE
     state quarter_state;
@@ -1439,11 +1465,12 @@ BEGIN
       AND isfinite(p.timestamp)
     ORDER BY p.timestamp DESC
     OFFSET 50000 LIMIT 1;
-    -- Old quarters may be many: there may be no rows any more from which they were made.
+    first_quarter := coalesce(first_quarter, '-infinity');
+    -- Stored quarters from before a restart may have no rows any more, and be more than one
+    -- step can delete.
     DELETE FROM power_quarters WHERE ctid = ANY (ARRAY(
         SELECT q.ctid FROM power_quarters q
-        WHERE (q.quarter >= first_quarter) IS NOT FALSE AND q.quarter < state.made_from
-          AND NOT q.final
+        WHERE q.quarter >= first_quarter AND q.quarter < state.made_from AND NOT q.final
         LIMIT 20000));
     GET DIAGNOSTICS deleted = ROW_COUNT;
     IF deleted < 20000 THEN
@@ -1452,25 +1479,24 @@ BEGIN
             greatest(first_quarter, state.final_until, '0001-01-01 00:00+00'),
             state.made_from, state.made_until, INTERVAL '1 minute') q
         ON CONFLICT DO NOTHING;
-        UPDATE quarter_state SET made_from = coalesce(first_quarter, '-infinity');
+        UPDATE quarter_state SET made_from = first_quarter;
     END IF;
 END
 $$;
 
 -- Quarters older than every row are those of dropped partitions, since a DELETE leaves a mark.
-CREATE OR REPLACE FUNCTION keep_dropped() RETURNS VOID
+CREATE OR REPLACE FUNCTION finalize_dropped() RETURNS VOID
 LANGUAGE plpgsql AS $$
 DECLARE
     state quarter_state;
     oldest TIMESTAMPTZ;
-    kept BIGINT;
+    dropped BIGINT;
 BEGIN
     SELECT * INTO state FROM quarter_state;
     SELECT least(date_bin('15 minutes', min(p.timestamp), TIMESTAMPTZ 'epoch'),
                  state.made_until)
     INTO oldest
-    FROM power_logs p WHERE isfinite(p.timestamp)
-    HAVING count(*) > 0;
+    FROM power_logs p WHERE isfinite(p.timestamp);
     UPDATE power_quarters SET final = true WHERE ctid = ANY (ARRAY(
         SELECT q.ctid FROM power_quarters q
         WHERE q.quarter >= state.final_until AND q.quarter < oldest AND NOT q.final
@@ -1478,10 +1504,60 @@ BEGIN
           AND oldest <= (SELECT min(p.timestamp) FROM power_logs p
                          WHERE isfinite(p.timestamp))
         LIMIT 20000));
-    GET DIAGNOSTICS kept = ROW_COUNT;
-    IF kept BETWEEN 1 AND 19999 THEN
-        UPDATE quarter_state SET final_until = oldest;
+    GET DIAGNOSTICS dropped = ROW_COUNT;
+    -- If there was none, no partition was dropped, and older rows may still come.
+    UPDATE quarter_state SET final_until = oldest
+    WHERE dropped > 0 AND NOT EXISTS (
+        SELECT FROM power_quarters q
+        WHERE q.quarter >= state.final_until AND q.quarter < oldest AND NOT q.final);
+END
+$$;
+
+-- The next step of a table that is watched.
+CREATE OR REPLACE FUNCTION take_step() RETURNS VOID
+LANGUAGE plpgsql AS $$
+DECLARE
+    state quarter_state;
+BEGIN
+    SELECT * INTO state FROM quarter_state;
+    IF is_ahead(state) THEN
+        PERFORM lower_horizon();
+        PERFORM restart_quarters();
+        RETURN;
     END IF;
+    IF state.made_until = state.marked_until AND state.marked_until < newest_end()
+       AND advance_mark()
+    THEN
+        -- Nothing else in this transaction, since writers wait for its end.
+        RETURN;
+    END IF;
+    IF state.made_until < state.marked_until THEN
+        PERFORM advance_quarters();
+    END IF;
+    PERFORM remake_marked();
+    IF state.made_from > '-infinity' THEN
+        PERFORM make_older_quarters();
+    ELSE
+        PERFORM finalize_dropped();
+    END IF;
+END
+$$;
+
+-- Returns NULL, or why the table cannot be watched.
+CREATE OR REPLACE FUNCTION try_to_watch() RETURNS TEXT
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM watch_logs();
+    RETURN NULL;
+EXCEPTION
+    WHEN lock_not_available THEN
+        RETURN SQLERRM;
+    WHEN insufficient_privilege OR wrong_object_type OR feature_not_supported
+      OR undefined_table THEN
+        -- Retention must not wait for quarters that will never be made: if logs_oid is NULL,
+        -- finalize_expired lets rows go.
+        UPDATE quarter_state SET logs_oid = NULL WHERE logs_oid IS NOT NULL;
+        RETURN SQLERRM;
 END
 $$;
 
@@ -1493,64 +1569,36 @@ SET plan_cache_mode = force_custom_plan SET jit = off SET max_parallel_workers_p
 AS $$
 DECLARE
     state quarter_state;
+    problem TEXT;
 BEGIN
     -- A step may make writers wait for a moment, so not everybody may take one.
     IF has_table_privilege(session_user, logs_table(), 'INSERT') IS NOT TRUE THEN
         RETURN 'none: this role may not insert into power_logs';
     END IF;
-    SELECT * INTO state FROM quarter_state;
-    IF NOT pg_try_advisory_xact_lock(7435359, 1) THEN
-        NULL;
-    ELSIF state.logs_oid = logs_table() AND is_watched(state.logs_oid) THEN
-        IF is_ahead(state) THEN
-            PERFORM start_anew();
-        ELSIF state.made_until = state.marked_until AND state.marked_until < newest_end()
-              AND advance_mark() THEN
-            -- Nothing else in this transaction, since writers wait for its end.
-            NULL;
+    IF pg_try_advisory_xact_lock(7435359, 1) THEN
+        -- Read under the lock: another collector may have just changed it.
+        SELECT * INTO state FROM quarter_state;
+        IF state.logs_oid = logs_table() AND is_watched(state.logs_oid) THEN
+            PERFORM take_step();
         ELSE
-            PERFORM make_or_remake(state);
+            problem := try_to_watch();
         END IF;
-    ELSE
-        BEGIN
-            PERFORM watch_logs();
-        EXCEPTION
-            WHEN lock_not_available THEN
-                RETURN 'none: ' || SQLERRM;
-            WHEN insufficient_privilege OR wrong_object_type OR feature_not_supported
-              OR undefined_table THEN
-                -- Then rows are deleted as they were before there were quarters.
-                UPDATE quarter_state SET logs_oid = NULL WHERE logs_oid IS NOT NULL;
-                RETURN 'none: ' || SQLERRM;
-        END;
     END IF;
     SELECT * INTO state FROM quarter_state;
-    IF state.made_from > '-infinity' THEN
-        RETURN 'made back to ' || to_char(state.made_from AT TIME ZONE 'UTC', 'YYYY-MM-DD');
-    END IF;
-    IF state.made_until < newest_end() OR EXISTS (SELECT FROM quarter_marks) THEN
-        RETURN 'being made';
-    END IF;
-    RETURN 'all made';
+    RETURN CASE
+        WHEN problem IS NOT NULL
+            THEN 'none: ' || problem
+        WHEN state.made_from > '-infinity'
+            THEN 'made back to ' || to_char(state.made_from AT TIME ZONE 'UTC', 'YYYY-MM-DD')
+        WHEN state.made_until < newest_end() OR EXISTS (SELECT FROM quarter_marks)
+            THEN 'being made'
+        ELSE 'all made'
+    END;
 END
 $$;
 
-CREATE OR REPLACE FUNCTION make_or_remake(state quarter_state) RETURNS VOID
-LANGUAGE plpgsql AS $$
-BEGIN
-    IF state.made_until < state.marked_until THEN
-        PERFORM advance_quarters();
-    END IF;
-    PERFORM remake_marked();
-    IF state.made_from > '-infinity' THEN
-        PERFORM take_in();
-    ELSE
-        PERFORM keep_dropped();
-    END IF;
-END
-$$;
-
--- For rows that were written, or attached, straight to a partition, which sets no mark.
+-- For rows that were written, or attached, straight to a partition, which sets no mark. Each
+-- mark is a day longer than the step, since a changed row may touch the 24 hours after it.
 CREATE OR REPLACE FUNCTION remake_quarters(since TIMESTAMPTZ, until TIMESTAMPTZ) RETURNS VOID
 LANGUAGE sql AS $$
     INSERT INTO quarter_marks (device_id, channel, since, until, removes)
@@ -1568,25 +1616,35 @@ LANGUAGE sql AS $$
         INTERVAL '31 days') m (since)
 $$;
 
--- Declares some quarters before `cut` final, as soon as no rows of the ones before are left.
--- Returns the time before which rows may be deleted.
-CREATE OR REPLACE FUNCTION finish_quarters(cut TIMESTAMPTZ) RETURNS TIMESTAMPTZ
+-- Whether quarters may become final: they are all made, and the rows before the horizon have
+-- been deleted.
+CREATE OR REPLACE FUNCTION may_move_horizon(state quarter_state) RETURNS BOOLEAN
+LANGUAGE sql STABLE AS $$
+    SELECT state.made_from = '-infinity'
+           AND state.logs_oid = logs_table() AND is_watched(state.logs_oid)
+           AND NOT EXISTS (SELECT FROM quarter_marks)
+           AND NOT EXISTS (SELECT FROM power_logs p WHERE p.timestamp < state.final_until)
+$$;
+
+-- Moves the horizon towards `cut` by some 50,000 rows, and declares the quarters before it
+-- final. Returns the time before which rows may be deleted.
+CREATE OR REPLACE FUNCTION finalize_expired(cut TIMESTAMPTZ) RETURNS TIMESTAMPTZ
 LANGUAGE plpgsql SECURITY DEFINER AS $$
 DECLARE
     state quarter_state;
     next_until TIMESTAMPTZ;
 BEGIN
+    IF has_table_privilege(session_user, logs_table(), 'DELETE') IS NOT TRUE
+       OR NOT pg_try_advisory_xact_lock(7435359, 1)
+    THEN
+        RETURN '-infinity';
+    END IF;
     SELECT * INTO state FROM quarter_state;
     IF state.logs_oid IS NULL THEN
-        -- No quarters are kept.
+        -- There can be no quarters.
         RETURN cut;
     END IF;
-    IF NOT has_table_privilege(session_user, 'power_logs', 'DELETE')
-       OR NOT pg_try_advisory_xact_lock(7435359, 1)
-       OR state.made_from > '-infinity'
-       OR state.logs_oid <> logs_table() OR NOT is_watched(state.logs_oid)
-       OR EXISTS (SELECT FROM power_logs p WHERE p.timestamp < state.final_until)
-    THEN
+    IF NOT may_move_horizon(state) THEN
         RETURN least(cut, state.final_until);
     END IF;
     -- Some 50,000 rows, but at least a quarter.
@@ -1601,30 +1659,27 @@ BEGIN
         ORDER BY p.timestamp
         LIMIT 50000
     ) p;
-    IF next_until > state.final_until
-       AND NOT EXISTS (SELECT FROM quarter_marks)
-    THEN
+    IF next_until > state.final_until THEN
         UPDATE power_quarters q SET final = true
         WHERE q.quarter >= state.final_until AND q.quarter < next_until AND NOT q.final;
         UPDATE quarter_state SET final_until = next_until;
-        RETURN next_until;
     END IF;
-    RETURN least(cut, state.final_until);
+    RETURN least(cut, greatest(next_until, state.final_until));
 END
 $$;
 
 -- Deletes some of the rows that are older than RETENTION_DAYS, the oldest first, by whole
--- quarters of an hour. If all rows are that old, the clock is wrong, and none goes. A ctid finds
--- a row quickly with any index. In another partition the same ctid may be another row; that one
--- is checked for its age, too.
+-- quarters of an hour. If all rows are that old, the clock is wrong, and none goes. Deleting
+-- by ctid is quick whichever indexes there are. In another partition the same ctid may be
+-- another row; that one is checked for its age, too.
 CREATE OR REPLACE FUNCTION forget_rows(days INT) RETURNS VOID
 LANGUAGE plpgsql AS $$
 DECLARE
     cut TIMESTAMPTZ := date_bin('15 minutes', now() - days * INTERVAL '1 day',
                                 TIMESTAMPTZ 'epoch');
 BEGIN
-    IF (SELECT max(p.timestamp) FROM power_logs p) >= cut THEN
-        cut := finish_quarters(cut);
+    IF (SELECT max(p.timestamp) FROM power_logs p WHERE isfinite(p.timestamp)) >= cut THEN
+        cut := finalize_expired(cut);
         DELETE FROM power_logs
         WHERE timestamp < cut
           AND ctid = ANY (ARRAY(
@@ -1647,7 +1702,7 @@ BEGIN
     FOR function_name IN
         SELECT oid FROM pg_proc
         WHERE prosecdef AND pronamespace = current_schema()::regnamespace
-          AND proname IN ('logs_table', 'mark_changes', 'make_quarters', 'finish_quarters')
+          AND proname IN ('logs_table', 'mark_changes', 'make_quarters', 'finalize_expired')
     LOOP
         EXECUTE format('ALTER FUNCTION %s SET search_path = %s, pg_temp',
                        function_name, places);
