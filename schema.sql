@@ -1290,17 +1290,18 @@ $$;
 CREATE OR REPLACE FUNCTION is_ahead(state quarter_state) RETURNS BOOLEAN
 LANGUAGE sql STABLE AS $$
     SELECT state.made_until > max(p.timestamp) + INTERVAL '24 hours'
-           OR state.final_until > max(p.timestamp)
+           OR (state.final_until > max(p.timestamp) AND state.final_until > now())
     FROM power_logs p WHERE isfinite(p.timestamp)
 $$;
 
--- Moves the horizon back to the oldest row, if all rows lie before it.
+-- Moves the horizon back to the oldest row, if it is of the future, and all rows lie before it.
 CREATE OR REPLACE FUNCTION lower_horizon() RETURNS VOID
 LANGUAGE sql AS $$
     UPDATE quarter_state SET final_until = (
         SELECT date_bin('15 minutes', min(p.timestamp), TIMESTAMPTZ 'epoch')
         FROM power_logs p WHERE isfinite(p.timestamp))
-    WHERE final_until > (SELECT max(p.timestamp) FROM power_logs p
+    WHERE final_until > now()
+      AND final_until > (SELECT max(p.timestamp) FROM power_logs p
                          WHERE isfinite(p.timestamp))
 $$;
 
