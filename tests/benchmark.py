@@ -865,10 +865,11 @@ def best_of_tries(measure_s: Callable[..., float], *arguments: Any) -> str:
 
 
 def refused(dsn: str, question: PageQuestion, exc: Refused) -> str:
-    """Return why a question was refused, and how long it takes in SQL."""
+    """Return why a question was refused, and how long it takes in SQL, once: it may be a
+    minute."""
     if exc.status == 404:
         return "not there yet"
-    in_sql = best_of_tries(time_in_sql, dsn, question)
+    in_sql = number_text(time_in_sql(dsn, question) * 1000)
     reason = str(exc).removeprefix("No answer: ").partition(":")[0]
     return f"{exc.status} {reason} ({in_sql} in SQL)"
 
