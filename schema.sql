@@ -1409,7 +1409,8 @@ BEGIN
             SELECT tstzrange(m.since, least(m.since + INTERVAL '31 days', upper(range)))
             FROM unnest(
                 with_quarter_before(marked.device_id, marked.channel, marked.quarters)
-                * tstzmultirange(tstzrange(state.final_until, state.made_until))
+                * tstzmultirange(tstzrange(least(state.final_until, state.made_until),
+                                           state.made_until))
             ) range,
             generate_series(lower(range), upper(range), INTERVAL '31 days') m (since)
             WHERE m.since < upper(range)

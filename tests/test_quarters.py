@@ -735,7 +735,14 @@ def test_a_day_has_24_hours_whatever_the_zone_of_who_makes_quarters(house, zone)
     house.run(f"SET TimeZone = '{zone}'")
     # The night to summer time in Paris. The 0 is no reading: 23.5 hours ago it was 1,000.
     ten = START + 27 * DAY + 10 * HOUR
-    for after, wh in ((0, 1000), (1, 0), (1410, 0), (1411, 1030), (1412, 1031)):
+    for after, wh in (
+        (0, 1000),
+        (1, 0),
+        (1410, 0),
+        (1411, 1030),
+        (1412, 1031),
+        (1500, 1031),
+    ):
         row = ("house", "switch:0", ten + after * MINUTE, 60, wh, None, None)
         house.conn.execute(INSERT, row)
     house.set_clock(ten + 2 * DAY)
@@ -858,6 +865,21 @@ def test_final_quarters_stay_whatever_becomes_of_the_rest(house):
     house.set_clock(START - 400 * DAY)
     house.run("SELECT make_quarters()")
     assert energy(house) == before
+    # And just then all are to be made anew.
+    house.run("DROP TRIGGER mark_changes_insert ON power_logs")
+    house.run("SELECT make_quarters()")
+    with house.connect() as conn:
+        conn.autocommit = False
+        conn.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        row = ("house", "switch:0", minute(4 * 1440 + 7), 60, 4 * 1440 + 7, None, None)
+        conn.execute(INSERT, row)
+    assert house.all("SELECT count(*) FROM quarter_marks") == [(1,)]
+    house.make_all()
+    assert [wh for wh, _ in energy(house)] == [wh for wh, _ in before]
+    house.set_clock(minute(5 * 1440 + 7))
+    house.make_all()
+    assert [wh for wh, _ in energy(house)] == [wh for wh, _ in before]
+    assert_answered_from_quarters(house)
 
 
 def test_a_horizon_of_a_clock_that_was_ahead_is_put_back(house):
