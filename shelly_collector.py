@@ -9,6 +9,8 @@ The path of a reading:
     write_batches ◀── outbox ◀── release_complete_rows ◀── should_write ◀┘
           │
           └─ one INSERT per batch ─▶ power_logs ─▶ SQL functions ─▶ answers.py ─▶ owner
+                                         │              ▲
+                                         └─▶ quarters ──┘
 
 frame      one JSON text message of a device, e.g.
            {"src":"shellypro4pm-a1b2c3d4e5f6","method":"NotifyStatus","params":{…}}
@@ -25,6 +27,7 @@ interval   THROTTLE_INTERVAL_SECONDS, normally a minute of the clock
 row        what is known of a channel at its first reading of an interval
 outbox     rows on their way to the table: in memory while PostgreSQL answers, on disk
            while it does not
+quarters   sums of the rows of a quarter of an hour, for questions about long times
 filter     a program between device and collector, such as worker/, that lets only some
            frames pass, and may hold frames back
 """
