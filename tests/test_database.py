@@ -1000,7 +1000,7 @@ def relfilenode(database):
 
 
 @pytest.mark.slow
-async def test_returned_energy_is_the_last_column_and_the_others_stay(
+async def test_returned_energy_is_a_later_column_and_the_others_stay(
     collectors, database
 ):
     running = await collectors(DATABASE_URL=database).ready()
@@ -1034,7 +1034,10 @@ async def test_returned_energy_is_the_last_column_and_the_others_stay(
         "energy_total_wh",
         "created_at",
     ]
-    assert columns[9:] == [("energy_returned_wh", "double precision", "YES")]
+    assert columns[9:] == [
+        ("energy_returned_wh", "double precision", "YES"),
+        ("origin", "text", "YES"),
+    ]
     (comment,) = query(database, "SELECT col_description('power_logs'::regclass, 10)")
     assert comment[0] and "Wh" in comment[0]
 
