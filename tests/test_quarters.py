@@ -233,8 +233,10 @@ class Life:
         self.unique = unique
         # The counters of each channel: total, given back, power.
         self.meters = {key: [1000.0, 500.0, 0.0] for key in self.CHANNELS}
-        # A transaction of somebody else's that is open, and when it ends.
+        # A transaction of somebody else's that is open, and the keys of its rows. Whoever
+        # inserts one of these waits for its end.
         self.open: psycopg.Connection[Any] | None = None
+        self.uncommitted: set[tuple[Any, ...]] = set()
         self.changes = {
             self.minutes_pass: 40,
             self.outage: 3,
@@ -281,6 +283,7 @@ class Life:
             self.open.rollback()
         self.open.close()
         self.open = None
+        self.uncommitted.clear()
 
     # What a meter says. A counter may stand still for hours, be told late, be reset, lose
     # digits, or be absent.
@@ -310,6 +313,7 @@ class Life:
     def insert(
         self, conn: psycopg.Connection[Any], rows: list[tuple[Any, ...]]
     ) -> None:
+        rows = [row for row in rows if row[:3] not in self.uncommitted]
         if not self.unique:
             # Without a rule, a second row of one moment has the same values.
             rows = [
@@ -374,6 +378,7 @@ class Life:
             else:
                 rows = self.some_late_rows()
             self.insert(self.open, rows)
+            self.uncommitted = {row[:3] for row in rows}
 
     def repeatable_read(self) -> None:
         """Rows of a transaction that does not see what came after its start."""
