@@ -431,9 +431,12 @@ class Life:
     def move_rows(self) -> None:
         # By a second, since another row may have the minute.
         self.house.run(
-            "UPDATE power_logs SET timestamp = timestamp + interval '1 second'"
+            "UPDATE power_logs older SET timestamp = timestamp + interval '1 second'"
             " WHERE timestamp >= %s AND timestamp < %s AND device_id = %s"
-            " AND channel = %s AND date_part('second', timestamp) = 0",
+            " AND channel = %s AND date_part('second', timestamp) = 0 AND NOT EXISTS"
+            " (SELECT FROM power_logs newer WHERE newer.device_id = older.device_id"
+            " AND newer.channel = older.channel"
+            " AND newer.timestamp = older.timestamp + interval '1 second')",
             *self.somewhere(),
         )
 
