@@ -1227,8 +1227,9 @@ $$;
 
 REVOKE EXECUTE ON FUNCTION mark_changes() FROM PUBLIC;
 
--- Needs the owner's rights, and a lock that waits for all writers. CREATE OR REPLACE leaves a
--- disabled trigger disabled, hence the ALTER TABLE.
+-- Needs the owner's rights, and a lock that waits for all writers, while others wait behind it
+-- (lock_timeout of make_quarters). CREATE OR REPLACE leaves a disabled trigger disabled, hence
+-- the ALTER TABLE.
 CREATE OR REPLACE FUNCTION watch_logs() RETURNS VOID
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -1243,7 +1244,6 @@ BEGIN
         RAISE feature_not_supported USING MESSAGE =
             'the row security of power_logs hides rows from its owner';
     END IF;
-    SET LOCAL lock_timeout = '300ms';
     CREATE OR REPLACE TRIGGER mark_changes_insert AFTER INSERT ON power_logs
         REFERENCING NEW TABLE AS changed_rows
         FOR EACH STATEMENT EXECUTE FUNCTION mark_changes();
@@ -1263,7 +1263,6 @@ BEGIN
                            ENABLE TRIGGER mark_changes_update_old,
                            ENABLE TRIGGER mark_changes_update_new,
                            ENABLE TRIGGER mark_changes_truncate;
-    SET LOCAL lock_timeout TO DEFAULT;
     DELETE FROM quarter_marks;
     PERFORM restart_quarters();
 END
@@ -1367,7 +1366,7 @@ BEGIN
                         AND p.timestamp > q.last_row AND p.timestamp < state.marked_until)
     LOOP
         PERFORM replace_quarters(quarter.device_id, quarter.channel, quarter.since,
-                          quarter.since + INTERVAL '15 minutes', state.marked_until);
+                                 quarter.since + INTERVAL '15 minutes', state.marked_until);
     END LOOP;
     UPDATE quarter_state SET made_until = state.marked_until;
 END
@@ -1424,8 +1423,8 @@ BEGIN
             IF NOT marked.removes THEN
                 PERFORM finalize_vanished(marked.device_id, marked.channel, part);
             END IF;
-            PERFORM replace_quarters(marked.device_id, marked.channel, lower(part), upper(part),
-                              state.made_until);
+            PERFORM replace_quarters(marked.device_id, marked.channel,
+                                     lower(part), upper(part), state.made_until);
         END LOOP;
     END LOOP;
 END
@@ -1450,7 +1449,7 @@ BEGIN
 END
 $$;
 
--- Takes in some 50,000 rows.
+-- Makes the quarters of some 50,000 rows before made_from.
 CREATE OR REPLACE FUNCTION make_older_quarters() RETURNS VOID
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -1564,10 +1563,12 @@ END
 $$;
 
 -- Does the next step, one collector at a time. Returns how far the quarters are made, or why
--- there are none.
+-- there are none. A step waits for a lock less than deadlock_timeout (1 s), so it is the step
+-- that gives way to a restore or another change of the tables.
 CREATE OR REPLACE FUNCTION make_quarters() RETURNS TEXT
 LANGUAGE plpgsql SECURITY DEFINER
 SET plan_cache_mode = force_custom_plan SET jit = off SET max_parallel_workers_per_gather = 0
+SET lock_timeout = '300ms'
 AS $$
 DECLARE
     state quarter_state;
@@ -1592,9 +1593,9 @@ BEGIN
             THEN 'none: ' || problem
         WHEN state.made_from > '-infinity'
             THEN 'made back to ' || to_char(state.made_from AT TIME ZONE 'UTC', 'YYYY-MM-DD')
-        WHEN state.made_until < newest_end() OR EXISTS (SELECT FROM quarter_marks)
-            THEN 'being made'
-        ELSE 'all made'
+        WHEN state.made_until >= newest_end() AND NOT EXISTS (SELECT FROM quarter_marks)
+            THEN 'all made'
+        ELSE 'being made'
     END;
 END
 $$;

@@ -1139,27 +1139,38 @@ def test_a_temporary_table_does_not_catch_the_marks(house, role):
 
 
 def test_without_the_right_to_the_triggers_there_are_no_quarters(house):
-    house.run("CREATE ROLE owner_of_logs")
-    house.run("ALTER TABLE power_logs OWNER TO owner_of_logs")
-    house.run("CREATE ROLE owner_of_functions")
-    house.run("ALTER FUNCTION make_quarters() OWNER TO owner_of_functions")
-    try:
-        house.run("GRANT SELECT, UPDATE, DELETE ON quarter_state TO owner_of_functions")
-        house.run("GRANT SELECT ON power_logs, clock TO owner_of_functions")
-        house.put(*range(0, 5 * 1440, 5))
-        house.set_clock(minute(5 * 1440 + 7))
-        assert house.make_all() == "none: must be owner of relation power_logs" or (
-            "permission denied" in house.make_all()
-        )
-        assert len(energy(house)) == 5
-        # Then rows are deleted as ever.
-        house.run("SELECT forget_rows(3)")
-        assert len(energy(house)) == 3
-    finally:
-        house.run("DROP OWNED BY owner_of_functions CASCADE")
-        house.run("ALTER TABLE power_logs OWNER TO postgres")
-        house.run("DROP ROLE owner_of_functions")
-        house.run("DROP ROLE owner_of_logs")
+    name = f"maker_{house.conn.info.dbname}"
+    house.run(f"CREATE ROLE {name}")
+    house.run(f"ALTER FUNCTION make_quarters() OWNER TO {name}")
+    house.run(f"GRANT SELECT, UPDATE, DELETE ON quarter_state TO {name}")
+    house.run(f"GRANT SELECT ON power_logs, clock TO {name}")
+    house.put(*range(0, 5 * 1440, 5))
+    house.set_clock(minute(5 * 1440 + 7))
+    assert house.make_all() == "none: permission denied for table power_logs"
+    assert len(energy(house)) == 5
+    # Then rows are deleted as ever.
+    house.run("SELECT forget_rows(3)")
+    assert len(energy(house)) == 3
+    house.run(f"DROP OWNED BY {name} CASCADE")
+    house.run(f"DROP ROLE {name}")
+
+
+def test_a_step_gives_way_to_a_change_of_the_table(house):
+    hours(house, 2)
+    with house.connect() as other:
+        other.autocommit = False
+        other.execute("LOCK TABLE power_logs IN ACCESS EXCLUSIVE MODE")
+        house.run("SET statement_timeout = '5s'")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            house.run("SELECT make_quarters()")
+    assert house.make_all() == "all made"
+
+
+def test_while_another_collector_makes_the_first_step_nothing_is_made(house):
+    with house.connect() as other:
+        other.autocommit = False
+        other.execute("SELECT make_quarters()")
+        assert house.all("SELECT make_quarters()") == [("being made",)]
 
 
 def test_where_the_table_is_a_view_there_are_no_quarters(house):
