@@ -31,7 +31,7 @@ CONNECTION: dict[str, Any] = {
 DATABASE_ERRORS = (psycopg.Error, OSError, UnicodeError)
 SCHEMA = Path(__file__).with_name("schema.sql")
 # The number at the end of schema.sql.
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 # The server, the database or the role may have other settings than those that our SQL
 # relies on. PgBouncer refuses startup options, so they are set after connecting. With

@@ -879,10 +879,12 @@ LANGUAGE sql STABLE AS $$
         FROM readable_quarter_marks m
         GROUP BY m.device_id, m.channel
         UNION ALL
-        -- Open quarters that have a next row by now.
+        -- Open quarters that have a next row by now. That of nearly every channel is the newest
+        -- one, which is not read.
         SELECT q.device_id, q.channel, tstzrange(q.quarter, q.quarter + INTERVAL '15 minutes')
         FROM readable_quarters q
         WHERE q.next_row IS NULL AND NOT q.final
+          AND q.quarter < (SELECT s.usable_until FROM readable_quarter_state s)
           AND (SELECT p.timestamp FROM power_logs p
                WHERE p.device_id = q.device_id AND p.channel = q.channel
                  AND p.timestamp > q.last_row
@@ -899,6 +901,34 @@ LANGUAGE sql STABLE AS $$
     GROUP BY unusable.device_id, unusable.channel
 $$;
 
+-- What a window may take from power_quarters, one row: whole quarters from `first` until
+-- `stored_until`. are_made: whether there are others than final ones, which end at final_until.
+-- No row if the window makes no sense. PostgreSQL cannot inline this function, so that it is
+-- called once, not for each channel.
+CREATE OR REPLACE FUNCTION stored_quarters(
+    since TIMESTAMPTZ, until TIMESTAMPTZ, row_length INTERVAL)
+RETURNS TABLE (first TIMESTAMPTZ, stored_until TIMESTAMPTZ, final_until TIMESTAMPTZ,
+               are_made BOOLEAN)
+LANGUAGE plpgsql STABLE ROWS 1 AS $$
+BEGIN
+    RETURN QUERY
+        SELECT w.first_whole,
+               greatest(w.first_whole,
+                        least(w.last_end, coalesce(s.usable_until, '-infinity'))),
+               coalesce(s.final_until, '-infinity'),
+               coalesce(s.usable_until > s.final_until, false)
+        FROM (
+            SELECT date_bin('15 minutes', greatest(since, '0001-01-01 00:00+00')
+                                + INTERVAL '15 minutes' - INTERVAL '1 microsecond',
+                            TIMESTAMPTZ 'epoch') AS first_whole,
+                   date_bin('15 minutes', least(until, '9999-12-31 00:00+00'),
+                            TIMESTAMPTZ 'epoch') AS last_end
+            WHERE since <= until
+        ) w
+        LEFT JOIN readable_quarter_state s ON row_length = INTERVAL '1 minute';
+END
+$$;
+
 -- What quarters_of_rows(since, until) returns, but whole quarters are taken from power_quarters
 -- if they are made. If they are not, or if row_length is not a minute, all comes from rows.
 CREATE OR REPLACE FUNCTION quarters_between(
@@ -910,40 +940,21 @@ RETURNS TABLE (device_id VARCHAR, channel VARCHAR, quarter TIMESTAMPTZ, rows BIG
                gap_began TIMESTAMPTZ[], gap_ended TIMESTAMPTZ[], gap_power_w FLOAT[],
                resets TIMESTAMPTZ[])
 LANGUAGE sql STABLE AS $$
-    WITH
-    -- One row: from when until when whole quarters can be taken from power_quarters; none if
-    -- the window makes no sense. LIMIT tells the planner that it is one.
-    whole AS (
-        SELECT w.first,
-               greatest(w.first, least(w.last_end, coalesce(s.usable_until, '-infinity')))
-                   AS stored_until,
-               coalesce(s.final_until, '-infinity') AS final_until,
-               coalesce(s.usable_until > s.final_until, false) AS are_made
-        FROM (
-            SELECT date_bin('15 minutes', greatest(since, '0001-01-01 00:00+00')
-                                + INTERVAL '15 minutes' - INTERVAL '1 microsecond',
-                            TIMESTAMPTZ 'epoch') AS first,
-                   date_bin('15 minutes', least(until, '9999-12-31 00:00+00'),
-                            TIMESTAMPTZ 'epoch') AS last_end
-            WHERE since <= until
-        ) w
-        LEFT JOIN readable_quarter_state s ON row_length = INTERVAL '1 minute'
-        LIMIT 1
-    )
     -- Quarters that are made and usable. IS TRUE keeps the planner from a wrong index.
     SELECT q.device_id, q.channel, q.quarter, q.rows::bigint, q.rows_from_memory::bigint,
            q.sum_w, q.min_w, q.max_w, q.total_wh, q.largest_wh, q.returned_wh,
            q.first_row, q.last_row, q.gap_began, q.gap_ended, q.gap_power_w, q.resets
     FROM readable_quarters q LEFT JOIN unusable_quarters(until) s USING (device_id, channel)
     WHERE q.quarter >= since AND q.quarter < until
-      AND (q.quarter < (SELECT w.stored_until FROM whole w)) IS TRUE
+      AND (q.quarter < (SELECT w.stored_until
+                        FROM stored_quarters(since, until, row_length) w)) IS TRUE
       AND (q.final OR (q.quarter <@ s.quarters) IS NOT TRUE)
     UNION ALL
     -- Those that are made and not usable, worked out from rows.
     SELECT s.device_id, s.channel, q.quarter, q.rows, q.rows_from_memory,
            q.sum_w, q.min_w, q.max_w, q.total_wh, q.largest_wh, q.returned_wh,
            q.first_row, q.last_row, q.gap_began, q.gap_ended, q.gap_power_w, q.resets
-    FROM whole w, unusable_quarters(until) s,
+    FROM stored_quarters(since, until, row_length) w, unusable_quarters(until) s,
          LATERAL unnest(s.quarters * tstzmultirange(
              tstzrange(w.first, w.stored_until) * tstzrange(w.final_until, NULL))) range,
          LATERAL quarters_of_channel(s.device_id, s.channel, lower(range), upper(range),
@@ -957,7 +968,7 @@ LANGUAGE sql STABLE AS $$
     SELECT q.device_id, q.channel, q.quarter, q.rows, q.rows_from_memory,
            q.sum_w, q.min_w, q.max_w, q.total_wh, q.largest_wh, q.returned_wh,
            q.first_row, q.last_row, q.gap_began, q.gap_ended, q.gap_power_w, q.resets
-    FROM whole w,
+    FROM stored_quarters(since, until, row_length) w,
          LATERAL (VALUES (since, least(w.first, until)), (w.stored_until, until))
              around (begins, ends),
          LATERAL quarters_of_rows(around.begins, around.ends,
@@ -969,8 +980,9 @@ LANGUAGE sql STABLE AS $$
            q.sum_w, q.min_w, q.max_w, q.total_wh, q.largest_wh, q.returned_wh,
            q.first_row, q.last_row, q.gap_began, q.gap_ended, q.gap_power_w, q.resets
     FROM quarters_of_rows(since, until, day_after(until), row_length) q
-    WHERE NOT (SELECT w.are_made FROM whole w)
-      AND (q.quarter < (SELECT w.final_until FROM whole w)) IS NOT TRUE
+    WHERE NOT (SELECT w.are_made FROM stored_quarters(since, until, row_length) w)
+      AND (q.quarter < (SELECT w.final_until
+                        FROM stored_quarters(since, until, row_length) w)) IS NOT TRUE
 $$;
 
 CREATE OR REPLACE FUNCTION energy_by_day(
@@ -1716,6 +1728,6 @@ END $$;
 -- database that holds a lower one. Functions that only older versions have (power_answer,
 -- counter_rise) are not dropped: an older collector beside this one may use them, and so may
 -- questions that were renamed above.
-CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 6';
+CREATE OR REPLACE FUNCTION power_logs_version() RETURNS INT LANGUAGE sql IMMUTABLE AS 'SELECT 7';
 
 COMMIT;

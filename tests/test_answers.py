@@ -1151,7 +1151,8 @@ def test_what_is_asked_of_one_device_reads_only_its_part_of_the_index(
     assert (
         f"Function Scan on {question}" not in plan
         and "Seq Scan on power_logs" not in plan
-        and "Seq Scan on power_quarters" not in plan
+        # Where no quarters are made, the table is empty.
+        and ("Seq Scan on power_quarters" not in plan or not table.quarters)
     ), plan
     assert re.search(r"Index Cond: .*device_id.*'device7'", plan), plan
 
