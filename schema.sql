@@ -76,10 +76,11 @@ BEGIN
     -- made_until:   quarters are made up to here
     -- made_from:    quarters are made back to here; -infinity when all older ones are made
     -- final_until:  the horizon: quarters before it are final, and their rows may be gone
-    -- logs_oid:     the power_logs that they were made from; NULL if there can be none
+    -- logs_oid:     the power_logs that they were made from; 0 if they are lost; NULL if
+    --               there can be none
     IF to_regclass('quarter_state') IS NULL THEN
         CREATE TABLE quarter_state (
-            -- There is one row, or none as long as no quarter has been made.
+            -- There is one row, or none before the first step.
             id          INT          PRIMARY KEY DEFAULT 1 CHECK (id = 1),
             logs_oid    OID,
             marked_until TIMESTAMPTZ NOT NULL,
@@ -121,7 +122,7 @@ BEGIN
         -- For "after which rows was there none for a day?".
         CREATE INDEX power_quarters_long_gap ON power_quarters (next_row)
             WHERE next_row - last_row > INTERVAL '1 day';
-        UPDATE quarter_state SET logs_oid = NULL;
+        UPDATE quarter_state SET logs_oid = 0;
     END IF;
 
     IF to_regclass('quarter_marks') IS NULL THEN
@@ -136,7 +137,7 @@ BEGIN
             -- their partition was dropped.
             removes     BOOLEAN      NOT NULL
         );
-        UPDATE quarter_state SET logs_oid = NULL;
+        UPDATE quarter_state SET logs_oid = 0;
     END IF;
 END $$;
 
@@ -1569,7 +1570,9 @@ EXCEPTION
       OR undefined_table THEN
         -- Retention must not wait for quarters that will never be made: if logs_oid is NULL,
         -- finalize_expired lets rows go.
-        UPDATE quarter_state SET logs_oid = NULL WHERE logs_oid IS NOT NULL;
+        INSERT INTO quarter_state AS state (logs_oid, marked_until, made_until, made_from)
+        VALUES (NULL, '-infinity', '-infinity', 'infinity')
+        ON CONFLICT (id) DO UPDATE SET logs_oid = NULL WHERE state.logs_oid IS NOT NULL;
         RETURN SQLERRM;
 END
 $$;
@@ -1603,6 +1606,8 @@ BEGIN
     RETURN CASE
         WHEN problem IS NOT NULL
             THEN 'none: ' || problem
+        WHEN coalesce(state.logs_oid, 0) = 0
+            THEN 'being made'
         WHEN state.made_from > '-infinity'
             THEN 'made back to ' || to_char(state.made_from AT TIME ZONE 'UTC', 'YYYY-MM-DD')
         WHEN state.made_until >= newest_end() AND NOT EXISTS (SELECT FROM quarter_marks)
@@ -1655,8 +1660,12 @@ BEGIN
         RETURN '-infinity';
     END IF;
     SELECT * INTO state FROM quarter_state;
+    IF NOT FOUND THEN
+        -- The first step will say whether there can be quarters.
+        RETURN '-infinity';
+    END IF;
     IF state.logs_oid IS NULL THEN
-        -- There can be no quarters.
+        -- There can be none.
         RETURN cut;
     END IF;
     IF NOT may_move_horizon(state) THEN

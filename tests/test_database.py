@@ -588,6 +588,9 @@ async def test_a_table_of_monthly_parts_is_left_whole_by_the_schema_and_keeps_do
             for device_id, time in newest
             if device_id == DEVICE
         ] == [(DEVICE, NOON + 120)]
+        # Rows go when their quarters are made.
+        steps = (conn.execute("SELECT make_quarters()").fetchone() for _ in range(50))
+        assert ("all made",) in steps
         conn.execute("SELECT forget_rows(1000)")
         assert conn.execute("SELECT count(*) FROM power_logs").fetchone() == (3,)
 

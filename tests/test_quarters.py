@@ -792,6 +792,23 @@ def test_retention_deletes_rows_by_whole_quarters_and_their_quarters_stay(house)
     assert sum(rows for _, rows in energy(house)) == 3 * 1440 / 5 + 1
 
 
+def test_no_row_is_deleted_before_the_first_step(house):
+    house.put(*range(0, 5 * 1440, 5))
+    house.set_clock(minute(5 * 1440 + 7))
+    for lost in (None, "DROP TABLE power_quarters CASCADE", "TRUNCATE quarter_state"):
+        if lost is not None:
+            house.run(lost)
+            house.run((ROOT / "schema.sql").read_text())
+        house.run("SELECT forget_rows(3)")
+        assert house.all("SELECT count(*) FROM power_logs") == [(1440,)]
+        house.make_all()
+    before = energy(house)
+    house.run("SELECT forget_rows(3)")
+    house.run("SELECT forget_rows(3)")
+    assert house.all("SELECT count(*) FROM power_logs") == [(3 * 1440 / 5,)]
+    assert energy(house) == before
+
+
 def test_the_quarters_of_a_device_that_has_a_new_id_go_along(house):
     house.put(*range(0, 5 * 1440, 5))
     # It had the new id on the second and third day, and since the fifth.
@@ -995,6 +1012,15 @@ def test_a_table_that_reports_no_changes_is_noticed_and_taken_in_anew(house, cha
     assert_quarters_are_those_of_rows(house.conn)
 
 
+def test_what_happens_to_a_replaced_table_sets_no_mark(house):
+    hours(house, 5)
+    for statement in (PARTITIONS, COPY_ROWS):
+        house.run(statement)
+    assert house.make_all() == "all made"
+    house.run("DELETE FROM old_logs WHERE timestamp < %s", minute(100))
+    assert house.all("SELECT count(*) FROM quarter_marks") == [(0,)]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -1126,6 +1152,15 @@ def test_who_may_not_insert_takes_no_step(house, role):
         )
 
 
+def test_who_may_not_delete_moves_no_horizon(house, role):
+    conn = role("SELECT, INSERT ON power_logs", "SELECT ON clock")
+    hours(house, 5)
+    moved = "SELECT finalize_expired(%s) > '-infinity'"
+    assert conn.execute(moved, (minute(60),)).fetchall() == [(False,)]
+    assert house.all("SELECT DISTINCT final FROM power_quarters") == [(False,)]
+    assert house.all(moved, minute(60)) == [(True,)]
+
+
 def test_a_temporary_table_does_not_catch_the_marks(house, role):
     hours(house, 5)
     conn = role("INSERT, SELECT ON power_logs", "SELECT ON clock")
@@ -1138,14 +1173,18 @@ def test_a_temporary_table_does_not_catch_the_marks(house, role):
     assert len(energy(house)) == 2
 
 
-def test_without_the_right_to_the_triggers_there_are_no_quarters(house):
+@pytest.mark.parametrize("were_made", [False, True])
+def test_without_the_right_to_the_triggers_there_are_no_quarters(house, were_made):
     name = f"maker_{house.conn.info.dbname}"
     house.run(f"CREATE ROLE {name}")
-    house.run(f"ALTER FUNCTION make_quarters() OWNER TO {name}")
-    house.run(f"GRANT SELECT, UPDATE, DELETE ON quarter_state TO {name}")
-    house.run(f"GRANT SELECT ON power_logs, clock TO {name}")
     house.put(*range(0, 5 * 1440, 5))
     house.set_clock(minute(5 * 1440 + 7))
+    if were_made:
+        house.make_all()
+        house.run("DROP TRIGGER mark_changes_delete ON power_logs")
+    house.run(f"ALTER FUNCTION make_quarters() OWNER TO {name}")
+    house.run(f"GRANT SELECT, INSERT, UPDATE, DELETE ON quarter_state TO {name}")
+    house.run(f"GRANT SELECT ON power_logs, clock TO {name}")
     assert house.make_all() == "none: permission denied for table power_logs"
     assert len(energy(house)) == 5
     # Then rows are deleted as ever.
