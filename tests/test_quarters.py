@@ -81,8 +81,9 @@ class House:
 
     def progress(self) -> list[tuple[Any, ...]]:
         return self.all(
-            "SELECT s::text, (SELECT count(*) FROM quarter_marks), (SELECT count(*)"
-            " FROM power_quarters WHERE final) FROM quarter_state s"
+            "SELECT s::text, (SELECT count(*) FROM quarter_marks),"
+            " (SELECT count(*) FROM power_quarters),"
+            " (SELECT count(*) FROM power_quarters WHERE final) FROM quarter_state s"
         )
 
     def quarters(self) -> list[tuple[int, int, float]]:
@@ -1012,6 +1013,27 @@ def test_a_table_that_reports_no_changes_is_noticed_and_taken_in_anew(house, cha
     assert_quarters_are_those_of_rows(house.conn)
 
 
+def test_of_rows_that_are_gone_nothing_is_left_however_many_quarters_they_had(house):
+    hours(house, 5)
+    house.run("ALTER TABLE power_logs DISABLE TRIGGER ALL")
+    # More than a step deletes.
+    house.run(
+        """
+        INSERT INTO power_quarters (device_id, channel, quarter, rows,
+                                    sum_w, min_w, max_w, first_row, last_row)
+        SELECT 'gone-' || d, 'switch:0', %s - n * interval '15 minutes', 1,
+               1, 1, 1, %s, %s
+        FROM generate_series(1, 201) n, generate_series(1, 100) d
+        """,
+        START,
+        START,
+        START,
+    )
+    assert house.make_all() == "all made"
+    assert house.all("SELECT DISTINCT device_id FROM power_quarters") == [("house",)]
+    assert_quarters_are_those_of_rows(house.conn)
+
+
 def test_what_happens_to_a_replaced_table_sets_no_mark(house):
     hours(house, 5)
     for statement in (PARTITIONS, COPY_ROWS):
@@ -1075,6 +1097,24 @@ def test_a_new_owner_of_the_tables_gets_his_rows_and_right_answers(house):
 def test_tables_that_inherit_from_it_are_refused(house):
     house.run("CREATE TABLE march () INHERITS (power_logs)")
     assert house.make_all().startswith("none: power_logs has tables that inherit")
+
+
+def test_an_owner_from_whom_rows_are_hidden_gets_no_quarters(house):
+    name = f"owner_{house.conn.info.dbname}"
+    house.put(1, 2, 3)
+    house.run(f"CREATE ROLE {name}")
+    house.run(f"GRANT ALL ON quarter_state, quarter_marks, clock TO {name}")
+    house.run(f"ALTER FUNCTION make_quarters() OWNER TO {name}")
+    house.run(f"ALTER TABLE power_logs OWNER TO {name}")
+    house.run(
+        "ALTER TABLE power_logs ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY"
+    )
+    assert house.make_all() == (
+        "none: the row security of power_logs hides rows from its owner"
+    )
+    house.run(f"REASSIGN OWNED BY {name} TO CURRENT_USER")
+    house.run(f"DROP OWNED BY {name}")
+    house.run(f"DROP ROLE {name}")
 
 
 # ---- Rights ----
