@@ -767,6 +767,15 @@ def test_a_day_has_24_hours_whatever_the_zone_of_who_makes_quarters(house, zone)
     assert sum(wh for wh, _ in energy(house)) == 1031.0
 
 
+def test_another_row_length_than_a_minute_is_answered_from_rows(house):
+    hours(house, 5)
+    window = (START, START + DAY)
+    missing = "SELECT missing FROM coverage(%s, %s, '20 s')"
+    assert house.all(missing, *window) == [(2 * 299,)]
+    gaps = "SELECT count(*), sum(missing) FROM gaps(%s, %s, '20 s')"
+    assert house.all(gaps, *window) == [(299, 2 * 299)]
+
+
 # ---- Retention ----
 
 
