@@ -675,6 +675,20 @@ def test_windows_are_half_open_and_the_last_rise_may_end_within_a_day_after(tabl
     ]
 
 
+def test_a_gap_and_a_reset_that_end_after_the_window_do_not_count(table):
+    table.put([600] * 5 + lost(5) + [600], "a")
+    table.put([600] * 8, "b", counter=[1000] * 5 + [0] * 3)
+    window = {"since": NOON, "until": NOON + minutes(5)}
+    columns = "rows, missing, longest_gap, resets"
+    assert table.ask("coverage", columns, **window) == [(5, 0, minutes(0), 0)] * 2
+    assert table.ask("gaps", **window) == []
+    window["until"] = NOON + minutes(11)
+    assert table.ask("coverage", columns, **window) == [
+        (6, 5, minutes(5), 0),
+        (8, 0, minutes(0), 1),
+    ]
+
+
 @pytest.mark.parametrize(
     ("watts", "every", "given", "expected"),
     [([1] * 10, 60, {}, (0, 9, 10, 0, 0)),
