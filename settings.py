@@ -5,10 +5,11 @@ changed.
 and opens. Every setting is optional, and .env.example explains each one."""
 
 import contextlib
+import difflib
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,7 +128,9 @@ def token(text: str) -> str:
 
 
 def price(text: str) -> str:
-    if not re.fullmatch(r"\d{1,9}([.,]\d{1,9})?\s*[^\d\s.,<&]{0,12}", text):
+    # What follows the currency, such as /kWh, would be shown behind every cost.
+    is_price = re.fullmatch(r"\d{1,9}([.,]\d{1,9})?\s*[^\d\s.,<&/]{0,12}", text)
+    if not is_price or "kwh" in text.lower():
         raise ValueError("must be like 0.2516 EUR")
     return text
 
@@ -261,6 +264,20 @@ def read_env_file(path: Path) -> dict[str, str | None]:
                 " a quote that is not closed, no =, or no UTF-8"
             )
     return {line.key: line.value for line in lines if line.key is not None}
+
+
+def unknown_names(names: Iterable[str]) -> list[str]:
+    """A line for each name that is no setting, with the one that may be meant."""
+    lines = []
+    for name in names:
+        if name in READERS:
+            continue
+        line = f"{name} is no setting"
+        similar = difflib.get_close_matches(name.upper(), READERS, n=1, cutoff=0.55)
+        if similar:
+            line += f"; is {similar[0]} meant?"
+        lines.append(line)
+    return lines
 
 
 class Links(NamedTuple):

@@ -85,7 +85,14 @@ from process import (
     start_log,
 )
 from quarters import Quarters, keep_making_quarters
-from settings import Settings, links, page_token, read_env_file, read_settings
+from settings import (
+    Settings,
+    links,
+    page_token,
+    read_env_file,
+    read_settings,
+    unknown_names,
+)
 from upkeep import Configs, maintain_table
 
 log = logging.getLogger("shelly_collector")
@@ -1441,13 +1448,19 @@ def log_startup(collector: Collector) -> None:
             "no COLLECTOR_TOKEN: whoever reaches the port can send rows;"
             " set one if that is not only you"
         )
+    urls = links(settings, page_token=collector.page_token)
     # A token that the owner has set is never logged.
-    shown_token = collector.page_token
-    if settings.dashboard_token is not None:
-        shown_token = "…"
-    urls = links(settings, page_token=shown_token)
-    log.info("paste into the device: %s", urls.device)
-    log.info("look at: %s", urls.page)
+    if settings.collector_token is None:
+        log.info("paste into the device: %s", urls.device)
+    else:
+        text = (
+            "paste into the device: the URL that --check shows (COLLECTOR_TOKEN is set)"
+        )
+        log.info(text)
+    if settings.dashboard_token is None:
+        log.info("look at: %s", urls.page)
+    else:
+        log.info("look at: the link that --check shows (DASHBOARD_TOKEN is set)")
 
 
 async def run(settings: Settings) -> int:
@@ -1565,11 +1578,14 @@ def main() -> int:
             return 0
         return 2
     try:
-        settings = read_settings(read_env_file(Path(".env")) | dict(os.environ))
+        env_file = read_env_file(Path(".env"))
+        settings = read_settings(env_file | dict(os.environ))
     except (ValueError, OSError) as exc:
         print(f"shelly_collector: {one_line(exc)}", file=sys.stderr)
         return 2
     start_log(settings.log_level)
+    for line in unknown_names(env_file):
+        log.warning(".env: %s", line)
     # A full garbage collection of all modules would hold the event loop for 24 ms.
     gc.freeze()
     if arguments == ["--check"]:

@@ -51,6 +51,9 @@ NONSENSE = [
     ("PUBLIC_URL", "https://x?y"),
     ("PUBLIC_URL", "https://x/ws?token=secret-pass"),
     ("PUBLIC_URL", "https://me:secret-pass@x"),
+    ("PRICE_PER_KWH", "0,25 €/kWh"),
+    ("PRICE_PER_KWH", "0.25 EURkWh"),
+    ("PRICE_PER_KWH", "EUR 0.25"),
     ("CHANNELS", "1 2"),
     ("CHANNELS", "1000"),
     ("DB_POOL_MAX_SIZE", "1001"),
@@ -248,6 +251,20 @@ async def test_a_line_of_the_env_file_that_cannot_be_read_stops_the_start(
         and err.count("\n") == 1
     )
     assert "secret-pass" not in err
+
+
+async def test_a_name_in_the_env_file_that_is_no_setting_is_named(tmp_path):
+    (tmp_path / ".env").write_text(
+        "COLECTOR_TOKEN=secret-pass\nMIN_POWER=10\nPRICE_PER_KWh=0.25 EUR\nZZZ=1\nPORT=1\n"
+    )
+    _, out, err = await run_script(tmp_path, "--check")
+    assert [line.partition(" WARNING ")[2] for line in err.splitlines()] == [
+        ".env: COLECTOR_TOKEN is no setting; is COLLECTOR_TOKEN meant?",
+        ".env: MIN_POWER is no setting; is MIN_POWER_W meant?",
+        ".env: PRICE_PER_KWh is no setting; is PRICE_PER_KWH meant?",
+        ".env: ZZZ is no setting",
+    ]
+    assert "secret-pass" not in out
 
 
 async def test_an_env_file_that_is_a_folder_is_named(tmp_path):
