@@ -7,6 +7,7 @@ kept waiting.
 
 /data/cycles.csv?token=…&since=2026-11-01   question cycles, form csv, one parameter
 /data/settings.json?token=…                 the settings that the page goes by
+/data/refused.json?token=…                  devices that were refused since the start
 """
 
 import asyncio
@@ -34,6 +35,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 from websockets import Headers, Request, Response
 
 from database import BEGIN_READING, DATABASE_ERRORS, one_line, within
+from refusals import Refusal, Refusals
 from settings import Settings, links
 
 # Covers waiting for a connection, the query and the writing. It must be below the 10 s
@@ -149,7 +151,7 @@ QUESTIONS = {
         ("since", "until", "row_length", "min_power_w"),
     ),
 }
-NAMES = (*QUESTIONS, "settings")
+NAMES = (*QUESTIONS, "settings", "refused")
 # PostgreSQL plans with the values at hand, so a condition with a NULL costs nothing.
 SELECT = sql.SQL("""
     SELECT * FROM {}
@@ -213,6 +215,7 @@ async def respond(
     settings: Settings,
     page_token: str,
     pool: AsyncConnectionPool | None,
+    refusals: Refusals,
 ) -> Response:
     """Answer a GET or HEAD of /dashboard, /page/… or /data/….
 
@@ -225,7 +228,7 @@ async def respond(
     elif path.startswith("/page/"):
         response = page_response(request, path.removeprefix("/page/"))
     else:
-        response = await data_response(request, settings, page_token, pool)
+        response = await data_response(request, settings, page_token, pool, refusals)
         await compress_large(request, response)
     if response.status_code != 304:
         response.headers["Content-Length"] = str(len(response.body))
@@ -262,6 +265,7 @@ async def data_response(
     settings: Settings,
     page_token: str,
     pool: AsyncConnectionPool | None,
+    refusals: Refusals,
 ) -> Response:
     """Answer a request of /data with rows, or with a line that says why not."""
     path, _, query = request.path.partition("?")
@@ -279,6 +283,8 @@ async def data_response(
         given = read_parameters(query, name, form)
         if name == "settings":
             body = settings_body(settings, form, given)
+        elif name == "refused":
+            body = refused_body(refusals, form, given)
         elif pool is None:
             raise OSError("the database is away")
         else:
@@ -380,6 +386,23 @@ def settings_body(
         return msgspec.json.encode(values)
     writer = CsvWriter(list(values), given)
     writer.add([tuple(values.values())])
+    return writer.finish()
+
+
+def refused_body(refusals: Refusals, form: str, given: dict[str, str]) -> bytearray:
+    """Write the devices that were refused, the newest first."""
+    names = list(Refusal._fields)
+    writer = JsonWriter(names) if form == "json" else CsvWriter(names, given)
+    rows: list[tuple[Any, ...]] = []
+    for refusal in refusals.newest_first():
+        at = datetime.fromtimestamp(refusal.refused_at, UTC)
+        # As PostgreSQL's times are written.
+        time_text = at.isoformat(timespec="seconds")
+        if form == "csv":
+            time_text = Time(f"{at:%Y-%m-%d %H:%M:%S}+00")
+        rows.append((time_text, refusal.address, refusal.reason, refusal.path))
+    if rows:
+        writer.add(rows)
     return writer.finish()
 
 

@@ -43,16 +43,18 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 import msgspec
 import psycopg
 from msgspec import UNSET, Meta, Raw, UnsetType
 from psycopg_pool import AsyncConnectionPool
 from websockets import (
+    CloseCode,
     ConnectionClosed,
     Request,
     Response,
@@ -85,6 +87,7 @@ from process import (
     start_log,
 )
 from quarters import Quarters, keep_making_quarters
+from refusals import Refusals
 from settings import (
     Settings,
     links,
@@ -398,6 +401,9 @@ class Collector:
     decoders: dict[str, list[ChannelDecoder]]
     # What devices say of their names, until the table has it.
     configs: Configs
+    # For warnings that may come again and again.
+    complaints: Complaints
+    refusals: Refusals
     quarters: Quarters
     interval_s: float
     # How far from the minute that it names a frame may come. Beyond that the name is
@@ -415,7 +421,6 @@ class Collector:
     held_back: dict[str, Channel] = field(default_factory=dict)
     # The connections of devices.
     links: set["DeviceConnection"] = field(default_factory=set)
-    complaints: Complaints = field(default_factory=Complaints)
     # The embedded server.
     postgres: asyncio.subprocess.Process | None = None
     # None until the database has answered and the table is ready.
@@ -442,11 +447,14 @@ class Collector:
 def make_collector(settings: Settings) -> Collector:
     interval_s = settings.throttle_interval_seconds
     decoders = make_decoders(settings.channels or ALL_CHANNELS)
+    complaints = Complaints()
     return Collector(
         settings=settings,
         outbox=Outbox(Path(settings.data_dir)),
         decoders=decoders,
         configs=Configs(decoders),
+        complaints=complaints,
+        refusals=Refusals(complaints),
         quarters=Quarters(),
         interval_s=interval_s,
         clock_error_s=min(MAX_CLOCK_ERROR, interval_s / 3),
@@ -1119,6 +1127,21 @@ class DeviceConnection(ServerConnection):
     # take_message, once the device has been asked.
     take: Callable[[bytes, float], None] | None = None
 
+    def __init__(
+        self, *args: Any, refusals: Refusals | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.refusals = refusals
+
+    def data_received(self, data: bytes) -> None:
+        # TLS begins with these two bytes; websockets would wait for a line of HTTP.
+        if self.request is None and data.startswith(b"\x16\x03"):
+            if self.refusals is not None:
+                self.refusals.note(address_of(self), "tls")
+            self.transport.abort()
+            return
+        super().data_received(data)
+
     def process_event(self, event: Any) -> Any:
         if self.take is not None and event.opcode == 1 and event.fin:  # a text
             return self.take(event.data, time.time())
@@ -1135,6 +1158,7 @@ async def handle_device(collector: Collector, link: DeviceConnection) -> None:
     link.devices = set()
     link.requests = Requests()
     collector.links.add(link)
+    began = time.monotonic()
     try:
         await link.send(ENABLE_NOTIFICATIONS)
         ask(link, GET_STATUS, time.time())
@@ -1152,6 +1176,22 @@ async def handle_device(collector: Collector, link: DeviceConnection) -> None:
         pass
     finally:
         collector.links.discard(link)
+        # At a stop all of them leave.
+        if link.devices and link.server.is_serving():
+            duration = timedelta(seconds=round(time.monotonic() - began))
+            log.info("%s left after %s: %s", link.name, duration, why_left(link))
+
+
+def why_left(link: DeviceConnection) -> str:
+    """Why a connection has ended."""
+    if link.protocol.close_rcvd is not None:
+        return "it closed the connection"
+    close = link.protocol.close_sent
+    if close is None:
+        return "the connection broke"
+    if close.code == CloseCode.INTERNAL_ERROR:
+        return "it no longer answers"
+    return f"it was refused, {close.reason or close.code}"
 
 
 def take_message(
@@ -1264,10 +1304,6 @@ async def process_request(
     response = await route(collector, connection, request)
     if response is None:
         return None
-    if is_upgrade(request):
-        reason = bytes(response.body).decode().strip()
-        text = f"{address_of(connection)} refused: {reason}"
-        collector.complaints.log(text, "%s", text)
     if request.method == "HEAD":
         # Only the headers are sent.
         response.body = b""
@@ -1280,7 +1316,10 @@ async def route(
     path, _, query = request.path.partition("?")
     if path == "/ws":
         return admit(collector, connection, request)
-    if request.method in ("GET", "HEAD") and not is_upgrade(request):
+    if is_upgrade(request):
+        shown_path = shown_without_token(path, collector.settings.collector_token)
+        collector.refusals.note(address_of(connection), "path", shown_path)
+    elif request.method in ("GET", "HEAD"):
         devices = len(connection.server.connections)
         if path in ("/", "/health"):
             status, text = health(collector, devices, query)
@@ -1292,7 +1331,11 @@ async def route(
             return response
         if path == "/dashboard" or path.startswith(("/page/", "/data")):
             return await respond(
-                request, collector.settings, collector.page_token, query_pool(collector)
+                request,
+                collector.settings,
+                collector.page_token,
+                query_pool(collector),
+                collector.refusals,
             )
     return connection.respond(404, "Not found: devices connect to /ws.\n")
 
@@ -1310,13 +1353,26 @@ def admit(
         _, _, query = request.path.partition("?")
         if has_token(query, token):
             return None
+        collector.refusals.note(address_of(connection), "token")
         return connection.respond(401, "The URL lacks the right ?token=\n")
     # Only a browser sends an Origin.
     origin = header(request, "Origin").lower()
     _, _, origin_host = origin.partition("://")
     if origin and origin_host != header(request, "Host").lower():
+        collector.refusals.note(address_of(connection), "site")
         return connection.respond(403, "No page of another site may send rows.\n")
     return None
+
+
+def shown_without_token(path: str, token: str | None) -> str:
+    """A path as it may be shown; a token that belongs behind the ? may be part of
+    it."""
+    shown = unquote(path)
+    if token is not None:
+        shown = shown.replace(token, "…")
+    if not shown.isprintable():
+        shown = repr(shown)
+    return shown[:60]
 
 
 def is_upgrade(request: Request) -> bool:
@@ -1478,7 +1534,10 @@ async def run(settings: Settings) -> int:
             partial(handle_device, collector),
             settings.host,
             settings.port,
-            create_connection=DeviceConnection,
+            # It is called as a class would be.
+            create_connection=partial(  # type: ignore[arg-type]
+                DeviceConnection, refusals=collector.refusals
+            ),
             process_request=partial(process_request, collector),
             **SERVE_OPTIONS,
         )

@@ -5,12 +5,13 @@
 //   time, words, settings, state   what is given and what is chosen
 //   dom, format, axes              how things are written and drawn
 //   questions, model               what is asked, and what the answers mean
-//   chart, gestures, tables, strips, days   the sections of the page
+//   chart, gestures, tables, strips, days, empty   the sections of the page
 
 import { clearCursor, unzoom } from "./gestures.js";
 import { pointer } from "./chart.js";
 import { drawDays, listenToDays } from "./days.js";
 import { byId, element, isOutdated, on, setText } from "./dom.js";
+import { drawEmpty, listenToCopy } from "./empty.js";
 import { NBSP, clock, joined, span } from "./format.js";
 import { directory } from "./model.js";
 import {
@@ -93,7 +94,10 @@ function drawNow() {
   const hasRows = answers.channels != null && answers.channels.rows.length > 0;
   byId("empty").hidden = !answers.channels || hasRows;
   for (const id of SECTIONS) byId(id).hidden = !hasRows;
-  if (!hasRows) return;
+  if (!hasRows) {
+    drawEmpty();
+    return;
+  }
   drawStrips();
   drawDays();
   drawRuns();
@@ -259,17 +263,7 @@ function listenToControls() {
     if (!event.target.closest(".chart")) clearCursor();
   });
   on(window, "resize", draw);
-
-  const url = byId("url");
-  url.value = settings.deviceUrl;
-  url.parentElement.hidden = settings.deviceUrl === "";
-  on(url, "focus", () => url.select());
-  const copy = byId("copy");
-  copy.hidden = !navigator.clipboard; // there is one by HTTPS only, or on this machine
-  on(copy, "click", async () => {
-    await navigator.clipboard.writeText(settings.deviceUrl);
-    setText(copy, "✓");
-  });
+  listenToCopy();
 }
 
 let typing = 0;

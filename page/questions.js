@@ -13,7 +13,7 @@ import { settings, TOKEN } from "./settings.js";
 import { frame, moveFrame, state } from "./state.js";
 import { DAY, MINUTE, dayKey, followServer, iso, midnight, now, useOffset, zone } from "./time.js";
 
-// By name: channels, power, fine (power, while zoomed), cycles, energy, coverage; cyclesNow and
+// By name: channels, refused, power, fine (power, while zoomed), cycles, energy, coverage; cyclesNow and
 // energyNow, where the period does not hold today. An answer is its question, and
 //   rows      parsed; model.js turns their times into moments
 //   text      as it came
@@ -246,6 +246,8 @@ function makeAnswer(question, text, askedAt) {
 }
 
 const CHANNELS = { name: "channels", path: "channels", key: "", params: {} };
+// Asked as long as there are no rows.
+const REFUSED = { name: "refused", path: "refused", key: "", params: {} };
 let running = new AbortController();
 
 // Asks for what is due, or for everything. A newer refresh drops the older one.
@@ -262,6 +264,7 @@ export async function refresh(everything = false) {
   if (!round.signal.aborted && !round.failure) {
     // An old link may name a device that no longer exists.
     if (channelRows().length === 0) state.device = "";
+    round.questions = [REFUSED];
     if (channelRows().length > 0) {
       round.questions = questions().filter((question) => everything || isDue(question));
     }

@@ -77,7 +77,14 @@ const WORDS = {
     resets: "counter resets",
 
     empty: "no rows yet: paste this into your Shelly, then reboot it",
+    emptyCheck: "no rows yet: paste the URL that --check shows into your Shelly, then reboot it",
     emptyWhere: "On the Shelly's own page: Settings → Connectivity → Outbound WebSocket",
+    wasHere: "# was here:",
+    refused_path: "the URL lacks /ws",
+    refused_otherPath: "the URL has # instead of /ws",
+    refused_token: "the URL lacks the right ?token=",
+    refused_tls: "it speaks wss://, but the URL must begin with ws://",
+    refused_site: "a page of another site may not send rows",
     copy: "copy",
 
     upToDate: "up to date #",
@@ -162,7 +169,15 @@ const WORDS = {
     resets: "remises à zéro",
 
     empty: "pas encore de mesures : copiez ceci dans votre Shelly, puis redémarrez-le",
+    emptyCheck:
+      "pas encore de mesures : copiez dans votre Shelly l'adresse qu'affiche --check, puis redémarrez-le",
     emptyWhere: "Sur la page du Shelly : Settings → Connectivity → Outbound WebSocket",
+    wasHere: "# s'est présenté :",
+    refused_path: "il manque /ws dans l'adresse",
+    refused_otherPath: "l'adresse contient # au lieu de /ws",
+    refused_token: "il manque le bon ?token= dans l'adresse",
+    refused_tls: "il parle wss://, mais l'adresse doit commencer par ws://",
+    refused_site: "une page d'un autre site ne peut pas envoyer de mesures",
     copy: "copier",
 
     upToDate: "à jour #",

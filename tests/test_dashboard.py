@@ -15,6 +15,8 @@ from zoneinfo import ZoneInfo
 import psycopg
 import pytest
 import pytest_asyncio
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
 
 from support import (
     ROOT,
@@ -735,6 +737,28 @@ async def test_before_the_first_row_it_says_what_to_paste_and_then_shows_the_row
         await expect(page.locator(".now")).to_have_text("434\N{NO-BREAK SPACE}W")
     assert await page.locator("#empty").is_hidden() and await texts(page, ".name") == [
         "switch:0"
+    ]
+
+
+async def test_before_the_first_row_it_says_who_was_refused_and_why(start, look):
+    running = await start(COLLECTOR_TOKEN="send")
+    page = await look(running, own_clock=True)
+    assert (
+        await text(page, "#empty h2")
+        == "No rows yet: paste the URL that --check shows into your Shelly, then reboot it"
+    )
+    assert await page.locator("#url").is_hidden()
+    for path in ("/wss", "/", "/ws"):
+        with pytest.raises(InvalidStatus):
+            async with connect(running.url.removesuffix("/ws") + path):
+                pass
+    await page.clock.fast_forward(11_000)  # it asks each ten seconds
+    await expect(page.locator("#refused li")).to_have_count(3)
+    said = [line.partition(" · ")[2] for line in await texts(page, "#refused li")]
+    assert said == [
+        "127.0.0.1 was here: the URL lacks the right ?token=",
+        "127.0.0.1 was here: the URL lacks /ws",
+        "127.0.0.1 was here: the URL has /wss instead of /ws",
     ]
 
 

@@ -21,6 +21,8 @@ from zoneinfo import ZoneInfo
 import psycopg
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
 
 import shelly_collector as sc
 from support import (
@@ -943,6 +945,31 @@ async def test_health_tells_of_a_channel_that_has_gone_silent(collectors, databa
         400,
         "silent makes no sense: it is a number of seconds\n",
     )
+
+
+async def test_who_was_refused_is_told_to_who_has_the_link(collectors, database):
+    running = await collectors(
+        DATABASE_URL=database, DASHBOARD_TOKEN="look", COLLECTOR_TOKEN="send"
+    ).ready()
+    assert json.loads(fetch(running, "/data/refused.json")[2]) == []
+    for path in ("/wss?token=send", "/ws?token=look", "/wss"):
+        with pytest.raises(InvalidStatus):
+            async with connect(running.url.removesuffix("/ws") + path):
+                pass
+    refused = json.loads(fetch(running, "/data/refused.json")[2])
+    for refusal in refused:
+        at = datetime.fromisoformat(refusal.pop("refused_at"))
+        assert timedelta(0) <= datetime.now(UTC) - at < timedelta(minutes=1)
+    assert refused == [
+        {"address": "127.0.0.1", "reason": "path", "path": "/wss"},
+        {"address": "127.0.0.1", "reason": "token", "path": ""},
+    ]
+    head, line, *_ = fetch(running, "/data/refused.csv")[2].decode().split("\r\n")
+    assert head == "refused_at,address,reason,path"
+    assert re.fullmatch(
+        r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+00,"127.0.0.1","path","/wss"', line
+    )
+    assert running.get("/data/refused.json")[0] == 401
 
 
 async def test_frames_that_a_filter_held_back_land_in_the_minute_they_came_in(make):

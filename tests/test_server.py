@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -327,7 +328,7 @@ async def test_devices_behind_one_address_that_are_refused_each_have_their_line(
         with pytest.raises(InvalidStatus):
             async with connect(url):
                 pass
-    await wait_for(lambda: "127.0.0.1 refused: Not found" in running.log, 5)
+    await wait_for(lambda: "127.0.0.1 refused: /wss is not /ws" in running.log, 5)
     assert "127.0.0.1 refused: The URL lacks the right" in running.log
 
 
@@ -346,9 +347,60 @@ async def test_a_device_with_a_wrong_path_is_refused_with_a_line_that_says_the_r
         async with connect(running.url.removesuffix("/ws") + path):
             pass
     assert caught.value.response.status_code == 404 and "secret" not in running.log
-    assert (
-        running.log.count("127.0.0.1 refused: Not found: devices connect to /ws.") == 1
-    )
+    shown = path.partition("?")[0]
+    assert running.log.count(f"127.0.0.1 refused: {shown} is not /ws\n") == 1
+
+
+async def test_a_token_in_the_path_is_not_logged(collectors, database):
+    running = await collectors(
+        DATABASE_URL=database, COLLECTOR_TOKEN="a secret"
+    ).ready()
+    for path in ("/ws&token=a%20secret", "/a%20secret\N{RIGHT-TO-LEFT OVERRIDE}"):
+        with pytest.raises(InvalidStatus):
+            async with connect(
+                running.url.removesuffix("/ws") + urllib.parse.quote(path, safe="/&=%")
+            ):
+                pass
+    await wait_for(lambda: running.log.count("is not /ws") == 2, 5)
+    assert "/ws&token=… is not /ws" in running.log and "secret" not in running.log
+    assert r"'/…\u202e' is not /ws" in running.log
+
+
+async def test_tls_on_the_plain_port_is_named(shared):
+    context = ssl.create_default_context()
+    with pytest.raises(OSError):
+        await asyncio.open_connection("127.0.0.1", shared.port, ssl=context)
+    line = "127.0.0.1 refused: it speaks wss:// to a ws:// port\n"
+    await wait_for(lambda: line in shared.log, 5)
+
+
+async def test_a_device_that_leaves_makes_a_line_that_says_why(shared, database):
+    async with device(shared.url) as closes, device(shared.url) as breaks:
+        async with device(shared.url) as sends_too_much:
+            peers = {"closes": closes, "breaks": breaks, "floods": sends_too_much}
+            for device_id, peer in peers.items():
+                await peer.send(minute_frame(device_id))
+            await wait_for_rows(database, 3)
+            await sends_too_much.send("x" * 300_000)
+            await wait_for(lambda: "floods left after 0:00:0" in shared.log)
+        await closes.websocket.close()
+        breaks.websocket.transport.abort()
+        await wait_for(lambda: "breaks left after 0:00:0" in shared.log)
+    reasons = dict(re.findall(r"(\w+) left after [\d:]+: (.*)", shared.log))
+    assert reasons == {
+        "closes": "it closed the connection",
+        "breaks": "the connection broke",
+        "floods": "it was refused, frame with 300000 bytes exceeds limit of 262144 bytes",
+    }
+
+
+async def test_at_a_stop_no_device_leaves(collectors, database):
+    running = await collectors(DATABASE_URL=database).ready()
+    async with device(running.url) as peer:
+        await peer.send(minute_frame())
+        await wait_for_rows(database, 1)
+        await running.stop()
+    assert "connected from" in running.log and " left " not in running.log
 
 
 @pytest.mark.slow
