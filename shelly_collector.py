@@ -96,6 +96,7 @@ from settings import (
     read_settings,
     unknown_names,
 )
+from silence import NewestRow, follow_newest_rows
 from upkeep import Configs, maintain_table
 
 log = logging.getLogger("shelly_collector")
@@ -369,6 +370,8 @@ class Channel:
     energy_returned_wh: float | None = None
     # When a reading with any value last came.
     heard: float = 0.0
+    # The start of its newest interval that has a row in the table.
+    newest_row: float = 0.0
     # When a reading last had the voltage, or the counter, even as null.
     voltage_time: float = 0.0
     counter_time: float = 0.0
@@ -399,6 +402,8 @@ class Collector:
     outbox: Outbox
     # By component key.
     decoders: dict[str, list[ChannelDecoder]]
+    # The keys of all channels that are kept.
+    channel_keys: set[str]
     # What devices say of their names, until the table has it.
     configs: Configs
     # For warnings that may come again and again.
@@ -452,6 +457,11 @@ def make_collector(settings: Settings) -> Collector:
         settings=settings,
         outbox=Outbox(Path(settings.data_dir)),
         decoders=decoders,
+        channel_keys={
+            decoder.key
+            for of_component in decoders.values()
+            for decoder in of_component
+        },
         configs=Configs(decoders),
         complaints=complaints,
         refusals=Refusals(complaints),
@@ -1294,6 +1304,7 @@ def address_of(connection: ServerConnection) -> str:
 
 # ---- HTTP: health, who may connect, and the owner's questions ----
 
+SECONDS = "[0-9]{1,9}"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -1321,6 +1332,11 @@ async def route(
         collector.refusals.note(address_of(connection), "path", shown_path)
     elif request.method in ("GET", "HEAD"):
         devices = len(connection.server.connections)
+        nonsense = None
+        if path == "/health":
+            nonsense = nonsense_of_health(query)
+        if nonsense is not None:
+            return connection.respond(400, f"{nonsense}\n")
         if path in ("/", "/health"):
             status, text = health(collector, devices, query)
             return connection.respond(status, text)
@@ -1383,7 +1399,8 @@ def health(collector: Collector, devices: int, query: str) -> tuple[int, str]:
     """Status and text: how things stand; with silent=SECONDS, 503 if a channel is
     silent for longer.
 
-    It tells no reasons and no names, as anybody may ask."""
+    Anybody may ask, so it tells no reasons, and names only to who has the page's
+    token."""
     last_write = "never"
     if collector.last_write is not None:
         last_write = utc(collector.last_write)
@@ -1398,15 +1415,29 @@ def health(collector: Collector, devices: int, query: str) -> tuple[int, str]:
         f"quarters: {collector.quarters.summary()}",
     ]
     status = 200
-    silent = dict(parse_qsl(query)).get("silent")
-    if silent is not None:
-        if not re.fullmatch(r"[0-9]{1,9}", silent):
-            return 400, "silent makes no sense: it is a number of seconds\n"
-        count = count_silent(collector, int(silent))
-        if count > 0:
+    seconds = dict(parse_qsl(query)).get("silent", "")
+    if re.fullmatch(SECONDS, seconds):
+        silent = silent_channels(collector, int(seconds))
+        if silent:
             status = 503
-            lines.append(f"channels silent: {count}")
+            lines.append(f"channels silent: {len(silent)}")
+            if has_token(query, collector.page_token):
+                lines += [
+                    f"silent since {utc(last_sign(channel))}:"
+                    f" {channel.device_id} {channel.key}"
+                    for channel in silent
+                ]
     return status, "\n".join(lines) + "\n"
+
+
+def nonsense_of_health(query: str) -> str | None:
+    """What makes no sense in the query of /health, None if all does."""
+    for name, text in parse_qsl(query, keep_blank_values=True):
+        if name not in ("silent", "token"):
+            return f"{name} is no parameter of /health, which takes silent=SECONDS"
+        if name == "silent" and not re.fullmatch(SECONDS, text):
+            return "silent makes no sense: it is a number of seconds"
+    return None
 
 
 def database_state(collector: Collector) -> str:
@@ -1419,16 +1450,33 @@ def database_state(collector: Collector) -> str:
     return "connected"
 
 
-def count_silent(collector: Collector, seconds: int) -> int:
-    """Count the channels that were last heard more than `seconds` but less than a day
-    ago."""
+def silent_channels(collector: Collector, seconds: int) -> list[Channel]:
+    """The channels whose last sign of life is more than `seconds` but less than a day
+    old."""
     now = time.time()
-    ages = [
-        now - channel.heard
+    return [
+        channel
         for channel in collector.channels.values()
-        if not channel.gone
+        if not channel.gone and seconds < now - last_sign(channel) < 86_400
     ]
-    return len([age for age in ages if seconds < age < 86_400])
+
+
+def last_sign(channel: Channel) -> float:
+    """When a channel was last heard, or had a row in the table."""
+    return max(channel.heard, channel.newest_row)
+
+
+def note_newest_row(collector: Collector, row: NewestRow) -> None:
+    """Note a channel's newest row in the table. From the start on, a channel that has
+    one is expected."""
+    channel = collector.channels.get(row.device_id + row.channel)
+    if channel is None:
+        is_kept = row.channel in collector.channel_keys
+        if not is_kept or len(collector.channels) >= MAX_CHANNELS:
+            return
+        channel = Channel(row.device_id, row.channel)
+        remember(collector, channel)
+    channel.newest_row = max(channel.newest_row, row.timestamp)
 
 
 class Metric(NamedTuple):
@@ -1565,6 +1613,14 @@ async def run(settings: Settings) -> int:
         asyncio.create_task(
             keep_making_quarters(
                 partial(query_pool, collector), collector.quarters, collector.complaints
+            )
+        ),
+        asyncio.create_task(
+            follow_newest_rows(
+                partial(query_pool, collector),
+                partial(note_newest_row, collector),
+                collector.interval_s,
+                collector.complaints,
             )
         ),
         asyncio.create_task(stop.wait()),

@@ -939,12 +939,67 @@ async def test_health_tells_of_a_channel_that_has_gone_silent(collectors, databa
         )  # dead for a day: known to be so
         await wait_for_rows(database, 4)
         assert running.get("/health?silent=600")[0] == 200
-    for nonsense in ("soon", "-1", "9" * 5000, "٣"):
+    for nonsense in ("soon", "-1", "9" * 5000, "٣", ""):
         assert running.get(f"/health?silent={urllib.parse.quote(nonsense)}")[0] == 400
     assert running.get("/health?silent=soon") == (
         400,
         "silent makes no sense: it is a number of seconds\n",
     )
+    assert running.get("/health?silence=60") == (
+        400,
+        "silence is no parameter of /health, which takes silent=SECONDS\n",
+    )
+    assert running.get("/?silence=60&silent=soon")[0] == 200
+
+
+def put_row(database, device_id, age_s, channel="switch:0"):
+    execute(
+        database,
+        "INSERT INTO power_logs (timestamp, device_id, channel,"
+        " apower_w, voltage_v, current_a, energy_total_wh) VALUES"
+        f" (now() - interval '{age_s} s', '{device_id}', '{channel}', 1, 1, 1, 1)",
+    )
+
+
+async def test_a_channel_that_never_came_back_after_a_start_is_silent(
+    collectors, database
+):
+    first = await collectors(DATABASE_URL=database).ready()
+    await first.stop()
+    for device_id, age_s in {"pump": 900, "heater": 60, "sold": 90_000}.items():
+        put_row(database, device_id, age_s)
+    put_row(database, "pump", 900, channel="switch:7")
+    running = await collectors(
+        DATABASE_URL=database, DASHBOARD_TOKEN="look", CHANNELS="0,1"
+    ).ready()
+    await wait_for(lambda: running.get("/health?silent=600")[0] == 503)
+    text = running.get("/health?silent=600")[1]
+    assert text.endswith("channels silent: 1\n") and "pump" not in text
+    told = running.get("/health?silent=600&token=look")[1].splitlines()
+    assert re.fullmatch(
+        r"silent since \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ: pump switch:0", told[-1]
+    )
+    assert told[-2] == "channels silent: 1"
+    assert "pump" not in running.get("/health?silent=600&token=wrong")[1]
+    async with device(running.url) as peer:
+        # It has another profile now, and so no switch:0.
+        meter = minute_frame()["params"]["switch:0"]
+        await peer.send(notify({"switch:1": meter}, "pump", "NotifyFullStatus"))
+        await wait_for(lambda: running.get("/health?silent=600")[0] == 200)
+
+
+@pytest.mark.slow
+async def test_a_channel_whose_rows_another_collector_writes_is_not_silent(
+    collectors, database
+):
+    first = await collectors(DATABASE_URL=database).ready()
+    await first.stop()
+    put_row(database, "pump", 900)
+    running = await collectors(DATABASE_URL=database).ready()
+    await wait_for(lambda: running.get("/health?silent=600")[0] == 503)
+    put_row(database, "pump", 0)
+    # The table is read once a minute.
+    await wait_for(lambda: running.get("/health?silent=600")[0] == 200, 80)
 
 
 async def test_who_was_refused_is_told_to_who_has_the_link(collectors, database):

@@ -1,0 +1,92 @@
+"""When the table got the newest row of each channel: also of channels that were silent
+since the start, and of devices that another collector serves. The entry points are
+`NewestRow` and `follow_newest_rows`."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg_pool import AsyncConnectionPool
+
+from complaints import Complaints
+from database import DATABASE_ERRORS, one_line, within
+from upkeep import GetPool
+
+# Times are seconds. A database that takes longer counts as away.
+ANSWER_TIMEOUT = 5.0
+# How often to read what is new, and to look whether the database is back.
+PAUSE = 60.0
+RETRY = 2.0
+# A channel without a row for longer is not expected any more.
+DAY = 86_400.0
+ROWS_AT_A_TIME = 1_000
+
+# At the start: of every channel. This steps through an index.
+ALL_CHANNELS = """
+    SELECT device_id, channel, date_part('epoch', timestamp) FROM newest_rows()
+    WHERE timestamp BETWEEN to_timestamp(%s) AND to_timestamp(%s)
+"""
+# Later: of those that have got one.
+NEW_ROWS = """
+    SELECT device_id, channel, date_part('epoch', max(timestamp)) FROM power_logs
+    WHERE timestamp BETWEEN to_timestamp(%s) AND to_timestamp(%s)
+    GROUP BY device_id, channel
+"""
+
+
+class NewestRow(NamedTuple):
+    device_id: str
+    channel: str
+    # The start of its interval, in seconds since 1970.
+    timestamp: float
+
+
+async def follow_newest_rows(
+    get_pool: GetPool,
+    note: Callable[[NewestRow], None],
+    interval_s: float,
+    complaints: Complaints,
+) -> None:
+    """Call `note` with the newest row of each channel of the last day, and from then on
+    with those that are new."""
+    # A row is written up to an interval after its timestamp, or a minute.
+    overlap_s = 2 * max(60.0, interval_s)
+    since = None
+    while True:
+        pool = get_pool()
+        if pool is None:
+            await asyncio.sleep(RETRY)
+            continue
+        now = time.time()
+        query = NEW_ROWS
+        if since is None:
+            query = ALL_CHANNELS
+            since = now - DAY
+        try:
+            await within(ANSWER_TIMEOUT, read_rows(pool, query, since, now, note))
+            since = now - overlap_s
+        except psycopg.errors.UndefinedFunction:
+            # schema.sql could not be applied, and the log has said so.
+            since = now - overlap_s
+        except DATABASE_ERRORS as exc:
+            since = None
+            complaints.log("newest", "the newest rows are not read: %s", one_line(exc))
+        await asyncio.sleep(PAUSE)
+
+
+async def read_rows(
+    pool: AsyncConnectionPool[Any],
+    query: str,
+    since: float,
+    until: float,
+    note: Callable[[NewestRow], None],
+) -> None:
+    async with pool.connection() as conn:
+        cursor = await conn.execute(query, (since, until))
+        while rows := await cursor.fetchmany(ROWS_AT_A_TIME):
+            for row in rows:
+                note(NewestRow(*row))
+            # Let the devices' frames in.
+            await asyncio.sleep(0)
