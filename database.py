@@ -3,6 +3,7 @@ and calling a function of schema.sql."""
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable
 from pathlib import Path
@@ -106,6 +107,29 @@ class Table(NamedTuple):
     has_returned_column: bool
     # Whether it has the rule of one row per channel and interval.
     has_unique_rule: bool
+
+
+# A network that is only down says "Temporary failure in name resolution".
+UNKNOWN_HOST = re.compile(
+    r"failed to resolve host '(.*)': .*(not known|does not resolve)", re.DOTALL
+)
+# Only another DATABASE_URL can help, or a change on the server.
+REFUSED = re.compile(
+    r"invalid \S+ value|FATAL: +(password authentication failed|no pg_hba.conf entry"
+    r"|(role|database) .* does not exist)"
+)
+
+
+def outage_line(exc: BaseException) -> str:
+    """What the log says when the database is away."""
+    reason = one_line(exc)
+    unknown_host = UNKNOWN_HOST.match(reason)
+    if unknown_host is not None:
+        host = unknown_host[1]
+        return f"DATABASE_URL: there is no host {host!r}; rows wait until there is"
+    if REFUSED.search(reason):
+        return f"DATABASE_URL does not work, rows wait until it does: {reason}"
+    return f"database unreachable, rows wait until it is back: {reason}"
 
 
 def one_line(exc: BaseException) -> str:

@@ -34,6 +34,7 @@ filter     a program between device and collector, such as worker/, that lets on
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -1027,7 +1028,7 @@ async def recover(collector: Collector, exc: Exception) -> None:
         await asyncio.wait({closing}, timeout=0.2)
     if before < 2 <= collector.failures:
         collector.outages += 1
-        log.error("database unreachable, rows wait until it is back: %s", one_line(exc))
+        log.error("%s", database.outage_line(exc))
     if collector.failures > 1:
         await asyncio.sleep(RETRY)
 
@@ -1529,9 +1530,9 @@ def claim_data_dir(collector: Collector) -> None:
     except (sqlite3.Error, OSError) as exc:
         reason = f"cannot be used: {one_line(exc)}"
         if "locked" in str(exc):
-            reason = "is in use by another collector"
+            reason = "is in use by another collector, and each needs one of its own"
         if collector.settings.database_url is None:
-            text = "DATA_DIR %s %s; the embedded PostgreSQL needs it"
+            text = "DATA_DIR %s %s"
             log.critical(text, folder, reason)
             raise SystemExit(1) from None
         text = "DATA_DIR %s %s; in an outage rows wait in memory only"
@@ -1591,7 +1592,10 @@ async def run(settings: Settings) -> int:
         )
     except (OSError, UnicodeError) as exc:
         host = settings.host or "all addresses"
-        log.critical("cannot listen on %s, port %d: %s", host, settings.port, exc)
+        reason = str(exc)
+        if isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE:
+            reason = "another program has it; set PORT to a free one"
+        log.critical("cannot listen on %s, port %d: %s", host, settings.port, reason)
         return 1
     # Nothing has been awaited since, so no frame has come before DATA_DIR is ours.
     claim_data_dir(collector)

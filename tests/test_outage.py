@@ -379,10 +379,34 @@ async def test_a_refused_password_makes_the_rows_wait_and_is_never_shown(
     async with device(running.url) as peer:
         await peer.send(minute_frame())
         await wait_for(lambda: "rows waiting: 1" in running.get()[1])
-        await wait_for(lambda: running.log.count("password authentication failed") == 1)
+        line = "ERROR DATABASE_URL does not work, rows wait until it does: connection failed: "
+        await wait_for(lambda: running.log.count(line) == 1)
+        assert running.log.count("password authentication failed") == 1
         apply(trusting)
         await wait_for_rows(own_postgres.url, 1)
     assert "wrong-one" not in running.log
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        (
+            "u@no.host.invalid/x",
+            "DATABASE_URL: there is no host 'no.host.invalid'; rows wait until there is",
+        ),
+        (
+            "u@127.0.0.1/x?sslmode=nonsense",
+            "DATABASE_URL does not work, rows wait until it does:"
+            ' connection is bad: invalid sslmode value: "nonsense"',
+        ),
+    ],
+)
+async def test_a_database_url_that_cannot_work_is_no_outage(collectors, place, line):
+    running = await collectors(DATABASE_URL=f"postgresql://{place}").ready(
+        "unreachable"
+    )
+    await wait_for(lambda: f"ERROR {line}\n" in running.log)
+    assert "is back" not in running.log
 
 
 async def test_rows_of_the_replay_come_oldest_first(collectors, own_postgres):
