@@ -37,6 +37,7 @@ from websockets import Headers, Request, Response
 from database import BEGIN_READING, DATABASE_ERRORS, one_line, within
 from refusals import Refusal, Refusals
 from settings import Settings, links
+from version import VERSION
 
 # Covers waiting for a connection, the query and the writing. It must be below the 10 s
 # of open_timeout, after which websockets closes without an answer.
@@ -381,6 +382,7 @@ def settings_body(
         "throttle_interval_seconds": settings.throttle_interval_seconds,
         "price_per_kwh": settings.price_per_kwh,
         "device_url": links(settings).device,
+        "version": VERSION,
     }
     if form == "json":
         return msgspec.json.encode(values)

@@ -13,13 +13,33 @@ import local_postgres
 from database import BEGIN_READING, DATABASE_ERRORS, one_line, utc, within
 from outbox import Outbox
 from settings import Settings, links, page_token
+from version import VERSION
 
 CHECK_TIMEOUT = 60.0
+# Seconds.
+DAY = 86_400
+# The bytes of both tables, with their indexes and partitions; the number of rows, of
+# all and of the last day; seconds from the first row to the last.
+SIZES = """
+    SELECT
+        coalesce(
+            -- NULL if it has no partitions.
+            (SELECT sum(pg_total_relation_size(relid))
+             FROM pg_partition_tree('power_logs')),
+            pg_total_relation_size('power_logs'))::bigint,
+        coalesce(pg_total_relation_size(to_regclass('power_quarters')), 0),
+        count(*),
+        count(*) FILTER (WHERE timestamp > now() - interval '1 day'),
+        date_part('epoch', max(timestamp) - min(timestamp))
+    FROM power_logs
+    WHERE timestamp < now() + interval '1 day' AND isfinite(timestamp)
+"""
 
 
 async def check(settings: Settings) -> int:
     """Print the settings, what the database holds, and the URLs. Returns the exit
     status."""
+    print(f"Shelly collector {VERSION}\n")
     for name, value in shown_settings(settings).items():
         print(f"{name:28}{value}")
     status = 0
@@ -127,3 +147,26 @@ async def print_rows(conn: psycopg.AsyncConnection[Any]) -> None:
             at = utc(timestamp.timestamp())
             line = f"  {at}  {device_id}  {channel}  {apower_w:g} W  {name or ''}"
             print(line.rstrip())
+        await print_sizes(conn)
+
+
+async def print_sizes(conn: psycopg.AsyncConnection[Any]) -> None:
+    """Print what the tables take on disk, and what a year takes at the last day's
+    rate."""
+    cursor = await conn.execute(SIZES)
+    row = await cursor.fetchone()
+    assert row is not None
+    rows_bytes, quarters_bytes, rows, rows_of_last_day, span_s = row
+    print(
+        f"On disk: {megabytes(rows_bytes)} for the rows,"
+        f" {megabytes(quarters_bytes)} for their quarters of an hour."
+    )
+    # In a small table, empty pages would count for too much.
+    if rows_of_last_day > 0 and span_s >= DAY:
+        bytes_per_row = (rows_bytes + quarters_bytes) / rows
+        year_bytes = rows_of_last_day * 365 * bytes_per_row
+        print(f"At the rate of the last day, a year takes {megabytes(year_bytes)}.")
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -32,6 +32,7 @@ filter     a program between device and collector, such as worker/, that lets on
            frames pass, and may hold frames back
 """
 
+import argparse
 import asyncio
 import contextlib
 import errno
@@ -99,6 +100,7 @@ from settings import (
 )
 from silence import NewestRow, follow_newest_rows
 from upkeep import Configs, maintain_table
+from version import VERSION
 
 log = logging.getLogger("shelly_collector")
 
@@ -1484,6 +1486,7 @@ class Metric(NamedTuple):
     name: str
     help: str
     value: float
+    labels: str = ""
 
 
 def metrics(collector: Collector, devices: int) -> str:
@@ -1507,6 +1510,7 @@ def metrics(collector: Collector, devices: int) -> str:
             collector.last_write or 0,
         ),
         Metric("outages_total", "Outages of the database", collector.outages),
+        Metric("info", "Version", 1, f'{{version="{VERSION}"}}'),
     ]
     return "".join(metric_text(metric) for metric in values)
 
@@ -1516,7 +1520,10 @@ def metric_text(metric: Metric) -> str:
     kind = "gauge"
     if name.endswith("_total"):
         kind = "counter"
-    return f"# HELP {name} {metric.help}\n# TYPE {name} {kind}\n{name} {metric.value}\n"
+    return (
+        f"# HELP {name} {metric.help}\n# TYPE {name} {kind}\n"
+        f"{name}{metric.labels} {metric.value}\n"
+    )
 
 
 # ---- main ----
@@ -1684,18 +1691,28 @@ def count_pending(collector: Collector) -> int:
     return sum(len(channel.pending) for channel in channels)
 
 
+def read_arguments() -> argparse.Namespace:
+    """Raises SystemExit, with status 2 if the arguments make no sense."""
+    parser = argparse.ArgumentParser(
+        description="Keeps one row per metered channel per minute in PostgreSQL.",
+        epilog="Settings come from the environment or .env; see .env.example.",
+    )
+    commands = parser.add_mutually_exclusive_group()
+    commands.add_argument(
+        "--check",
+        action="store_true",
+        help="show the settings, the newest rows, and the URLs for device and page",
+    )
+    commands.add_argument(
+        "--version", action="version", version=f"Shelly collector {VERSION}"
+    )
+    return parser.parse_args()
+
+
 def main() -> int:
     """The command line. Returns the exit status: 0 stopped or all is well, 1 failed, 2
     a setting makes no sense."""
-    arguments = sys.argv[1:]
-    if arguments not in ([], ["--check"]):
-        print(
-            "usage: shelly_collector.py [--check: show settings, rows and the device's"
-            " URL]; see also .env.example"
-        )
-        if "-h" in arguments or "--help" in arguments:
-            return 0
-        return 2
+    arguments = read_arguments()
     try:
         env_file = read_env_file(Path(".env"))
         settings = read_settings(env_file | dict(os.environ))
@@ -1707,7 +1724,7 @@ def main() -> int:
         log.warning(".env: %s", line)
     # A full garbage collection of all modules would hold the event loop for 24 ms.
     gc.freeze()
-    if arguments == ["--check"]:
+    if arguments.check:
         return asyncio.run(check(settings))
     return asyncio.run(run(settings))
 

@@ -67,6 +67,7 @@ async function start() {
   });
   translate();
   byId("header").hidden = false;
+  setText(byId("version"), `Shelly collector ${settings.version}`);
   writeState();
   draw();
   refresh();

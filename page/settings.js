@@ -16,6 +16,7 @@ export const settings = {
   price: null, // of a kWh; without it no costs are shown
   currency: "",
   deviceUrl: "", // what to paste into a Shelly
+  version: "", // the collector's
 };
 
 const FIRST_PAUSE = 1_500;
@@ -58,6 +59,7 @@ function useSettings(given) {
   settings.keptAbove = given.min_power_w;
   settings.floor = given.min_power_w ?? 10;
   settings.deviceUrl = given.device_url || "";
+  settings.version = given.version;
 
   const presets = new Set([1, 7, 30, given.default_days_history]);
   settings.presets = [...presets].sort((one, other) => one - other);

@@ -44,6 +44,7 @@ from support import (
     wait_for,
     wait_for_rows,
 )
+from version import VERSION
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 ROWS = """INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v, current_a, energy_total_wh)
@@ -196,6 +197,7 @@ async def test_the_settings_in_force_are_data(collectors, database):
     expected = {
         "default_days_history": 90, "gap_threshold_minutes": 3, "min_cycle_duration_minutes": 2, "min_power_w": 25,
         "throttle_interval_seconds": 86400, "price_per_kwh": "0,2516 EUR", "device_url": "wss://x.example/a/ws?token=…",
+        "version": VERSION,
     }  # fmt: skip
     assert json.loads(body) == expected
     status, headers, body = fetch(running, "/data/settings.csv")
@@ -203,7 +205,8 @@ async def test_the_settings_in_force_are_data(collectors, database):
     assert (
         body.decode()
         == ",".join(expected)
-        + '\r\n90,3,2,25,86400,"0,2516 EUR","wss://x.example/a/ws?token=…"\r\n'
+        + '\r\n90,3,2,25,86400,"0,2516 EUR","wss://x.example/a/ws?token=…","'
+        + f'{VERSION}"\r\n'
     )
     body = fetch(running, "/data/settings.csv", excel="1")[2]
     assert (
@@ -911,6 +914,7 @@ async def test_metrics_are_those_that_prometheus_reads(running, database):
         "shelly_collector_rows_written_total": 1, "shelly_collector_rows_dropped_total": 0,
         "shelly_collector_rows_waiting": 0, "shelly_collector_devices_connected": 1,
         "shelly_collector_database_up": 1, "shelly_collector_outages_total": 0,
+        "shelly_collector_info": 1,
     }  # fmt: skip
 
 

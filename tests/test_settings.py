@@ -9,11 +9,13 @@ from support import (
     ROOT,
     Running,
     device,
+    execute,
     minute_frame,
     run_script,
     settings,
     wait_for_rows,
 )
+from version import VERSION
 
 NONSENSE = [
     ("PORT", "http"),
@@ -346,6 +348,46 @@ async def test_check_of_a_database_without_a_table_says_so(tmp_path, database):
 async def test_help_explains_the_program(tmp_path):
     status, out, err = await run_script(tmp_path, "--help")
     assert status == 0 and "--check" in out and ".env" in out and err == ""
+
+
+async def test_an_unknown_argument_is_refused_with_the_known_ones(tmp_path):
+    status, out, err = await run_script(tmp_path, "--chek")
+    assert (status, out) == (2, "") and "--check" in err and "--chek" in err
+
+
+async def test_the_version_is_told_and_stands_in_the_changelog(tmp_path):
+    status, out, _ = await run_script(tmp_path, "--version")
+    assert (status, out) == (0, f"Shelly collector {VERSION}\n")
+    _, out, _ = await run_script(tmp_path, "--check")
+    assert out.startswith(f"Shelly collector {VERSION}\n")
+    newest, *_ = re.findall(
+        r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE
+    )
+    assert newest == VERSION
+
+
+async def test_check_says_what_the_tables_take_on_disk(tmp_path, database):
+    execute(database, (ROOT / "schema.sql").read_bytes())
+    many_rows = """
+        INSERT INTO power_logs (timestamp, device_id, channel, apower_w, voltage_v,
+                                current_a, energy_total_wh)
+        SELECT now() - n * interval '1 minute', 'a', 'switch:0', 1, 1, 1, 1
+        FROM generate_series({}) n
+    """
+    execute(database, many_rows.format("1, 60"))
+    _, out, _ = await run_script(tmp_path, "--check", DATABASE_URL=database)
+    assert re.search(
+        r"\nOn disk: 0\.[1-9] MB for the rows, 0\.\d MB for their quarters of an hour\.\n",
+        out,
+    )
+    assert "a year takes" not in out
+    execute(database, many_rows.format("61, 20 * 1440"))
+    _, out, _ = await run_script(tmp_path, "--check", DATABASE_URL=database)
+    (year,) = re.findall(
+        r"\nAt the rate of the last day, a year takes ([\d.]+) MB", out
+    )
+    # A row takes some 300 bytes, with its indexes.
+    assert 100 < float(year) < 250
 
 
 async def test_check_without_a_database_makes_none(tmp_path):
