@@ -1,9 +1,9 @@
 """Answers to the owner over HTTP: the page's files, and its questions under /data.
 
-The entry points are `respond` and `has_token`. A question of /data is a function of
-schema.sql. PostgreSQL checks the parameters, one by one, and finds the rows; Python
-writes them as JSON or CSV, 1,000 at a time in a thread, so that the devices are never
-kept waiting.
+The entry points are `respond`, `has_token` and `device_token`. A question of /data is a
+function of schema.sql. PostgreSQL checks the parameters, one by one, and finds the
+rows; Python writes them as JSON or CSV, 1,000 at a time in a thread, so that the
+devices are never kept waiting.
 
 /data/cycles.csv?token=…&since=2026-11-01   question cycles, form csv, one parameter
 /data/settings.json?token=…                 the settings that the page goes by
@@ -270,7 +270,8 @@ async def data_response(
 ) -> Response:
     """Answer a request of /data with rows, or with a line that says why not."""
     path, _, query = request.path.partition("?")
-    if not has_token(query, page_token):
+    only_device = device_of_link(query, page_token)
+    if only_device is None and not has_token(query, page_token):
         return text_response(
             401, "The link lacks the right ?token=, which --check shows."
         )
@@ -280,17 +281,13 @@ async def data_response(
         return text_response(
             404, f"There are /data/NAME.json and .csv; NAME is {names}."
         )
+    refused = refusals.newest_first()
     try:
         given = read_parameters(query, name, form)
-        if name == "settings":
-            body = settings_body(settings, form, given)
-        elif name == "refused":
-            body = refused_body(refusals, form, given)
-        elif pool is None:
-            raise OSError("the database is away")
-        else:
-            answer = ask(pool, settings, QUESTIONS[name], form, given)
-            body = await within(QUESTION_TIMEOUT, answer)
+        if only_device is not None:
+            refused = []
+            given = limited_to(only_device, given, name)
+        body = await answer_body(name, form, given, settings, refused, pool)
     except (*BUSY, TimeoutError):
         return text_response(
             503,
@@ -301,6 +298,25 @@ async def data_response(
     except DATABASE_ERRORS as exc:
         return text_response(503, f"No answer: {one_line(exc)}")
     return make_response(200, body, CONTENT_TYPES[f".{form}"])
+
+
+async def answer_body(
+    name: str,
+    form: str,
+    given: dict[str, str],
+    settings: Settings,
+    refused: list[Refusal],
+    pool: AsyncConnectionPool | None,
+) -> bytes | bytearray:
+    """Return what is asked for; raises BadParameter, DATABASE_ERRORS."""
+    if name == "settings":
+        return settings_body(settings, form, given)
+    if name == "refused":
+        return refused_body(refused, form, given)
+    if pool is None:
+        raise OSError("the database is away")
+    question = ask(pool, settings, QUESTIONS[name], form, given)
+    return await within(QUESTION_TIMEOUT, question)
 
 
 def text_response(status: int, text: str) -> Response:
@@ -343,13 +359,30 @@ def has_token(query: str, token: str) -> bool:
     """
     if not token:
         return False
-    given = ""
+    given = token_in(query).replace("+", " ")
+    return hmac.compare_digest(given.encode(), token.replace("+", " ").encode())
+
+
+def token_in(query: str) -> str:
+    """Return the token that a URL's query carries, "" if there is none."""
     for name, text in parse_qsl(query):
         if name == "token":
-            given = text
-            break
-    given = given.replace("+", " ")
-    return hmac.compare_digest(given.encode(), token.replace("+", " ").encode())
+            return text
+    return ""
+
+
+def device_token(page_token: str, device: str) -> str:
+    """Return the token that opens the data of one device, made from the page's."""
+    digest = hmac.new(page_token.encode(), device.encode(), "sha256").hexdigest()
+    return f"{device}~{digest[:32]}"
+
+
+def device_of_link(query: str, page_token: str) -> str | None:
+    """Return the device that the token of a query opens; None if it opens none."""
+    device, _, _ = token_in(query).rpartition("~")
+    if page_token and device and has_token(query, device_token(page_token, device)):
+        return device
+    return None
 
 
 def read_parameters(query: str, name: str, form: str) -> dict[str, str]:
@@ -368,6 +401,16 @@ def read_parameters(query: str, name: str, form: str) -> dict[str, str]:
         given[key] = text.replace("\0", "?")
     del given["token"]
     return given
+
+
+def limited_to(device: str, given: dict[str, str], name: str) -> dict[str, str]:
+    """Return the parameters of a question about one device alone; raises BadParameter
+    if they name another."""
+    if name not in QUESTIONS:
+        return given
+    if given.get("device", device) != device:
+        raise BadParameter(f"device makes no sense: this link opens {device} alone")
+    return given | {"device": device}
 
 
 def settings_body(
@@ -391,12 +434,12 @@ def settings_body(
     return writer.finish()
 
 
-def refused_body(refusals: Refusals, form: str, given: dict[str, str]) -> bytearray:
-    """Write the devices that were refused, the newest first."""
+def refused_body(refused: list[Refusal], form: str, given: dict[str, str]) -> bytearray:
+    """Write the devices that were refused."""
     names = list(Refusal._fields)
     writer = JsonWriter(names) if form == "json" else CsvWriter(names, given)
     rows: list[tuple[Any, ...]] = []
-    for refusal in refusals.newest_first():
+    for refusal in refused:
         at = datetime.fromtimestamp(refusal.refused_at, UTC)
         # As PostgreSQL's times are written.
         time_text = at.isoformat(timespec="seconds")

@@ -1,4 +1,5 @@
-"""`--check`: how things stand, also beside a running collector."""
+"""`--check`: how things stand, also beside a running collector; `--link`: a link to one
+device's data."""
 
 import sqlite3
 from dataclasses import asdict
@@ -10,6 +11,7 @@ import psycopg
 
 import database
 import local_postgres
+from answers import device_token
 from database import BEGIN_READING, DATABASE_ERRORS, one_line, utc, within
 from outbox import Outbox
 from settings import Settings, links, page_token
@@ -56,6 +58,17 @@ async def check(settings: Settings) -> int:
     urls = links(settings, token, token_of_page)
     print(f"\nlook at: {urls.page}\nPaste into the device: {urls.device}")
     return status
+
+
+def print_device_link(settings: Settings, device: str) -> int:
+    """Print the link that opens the data of one device. Returns the exit status."""
+    token = page_token(settings, make=False)
+    if token == "":
+        print("There is no token yet: the collector makes one when it starts.")
+        return 1
+    of_device = quote(device_token(token, device), safe="")
+    print(links(settings, page_token=of_device).page)
+    return 0
 
 
 def shown_settings(settings: Settings) -> dict[str, Any]:

@@ -78,7 +78,7 @@ from asking import (
     Requests,
     moment_of,
 )
-from check import check
+from check import check, print_device_link
 from complaints import Complaints
 from database import CONNECTION, DATABASE_ERRORS, one_line, refuses_row, utc, within
 from outbox import Batch, BatchSize, Outbox, Row
@@ -1704,6 +1704,11 @@ def read_arguments() -> argparse.Namespace:
         help="show the settings, the newest rows, and the URLs for device and page",
     )
     commands.add_argument(
+        "--link",
+        metavar="DEVICE",
+        help="show a link that opens this device's data only",
+    )
+    commands.add_argument(
         "--version", action="version", version=f"Shelly collector {VERSION}"
     )
     return parser.parse_args()
@@ -1724,6 +1729,8 @@ def main() -> int:
         log.warning(".env: %s", line)
     # A full garbage collection of all modules would hold the event loop for 24 ms.
     gc.freeze()
+    if arguments.link is not None:
+        return print_device_link(settings, arguments.link)
     if arguments.check:
         return asyncio.run(check(settings))
     return asyncio.run(run(settings))

@@ -24,6 +24,7 @@ from support import (
     execute,
     minute_frame,
     read_rows,
+    run_script,
     wait_for,
     wait_for_rows,
 )
@@ -760,6 +761,18 @@ async def test_before_the_first_row_it_says_who_was_refused_and_why(start, look)
         "127.0.0.1 was here: the URL lacks /ws",
         "127.0.0.1 was here: the URL has /wss instead of /ws",
     ]
+
+
+async def test_a_link_of_one_device_shows_that_device(start, database, look):
+    running = await start()
+    for device_id in ("shelly-1", "shelly-2"):
+        put_rows(database, PUMP, "500", device=device_id)
+    _, link, _ = await run_script(running.folder, "--link", "shelly-2", **running.env)
+    page = await look(running, link=link.strip())
+    assert await texts(page, ".name") == ["switch:0"]
+    assert await page.locator("#device").is_hidden()
+    assert await text(page, "#title") == "shelly-2"
+    assert await page.locator("#notice").is_hidden()
 
 
 async def test_a_refresh_keeps_zoom_focus_scroll_and_an_open_table(

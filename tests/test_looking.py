@@ -1031,6 +1031,49 @@ async def test_who_was_refused_is_told_to_who_has_the_link(collectors, database)
     assert running.get("/data/refused.json")[0] == 401
 
 
+async def test_a_link_of_one_device_opens_its_data_only(collectors, database, tmp_path):
+    running = await collectors(tmp_path, DATABASE_URL=database).ready()
+    own_id, other_id = "a+b ~ü", "other"
+    put_row(database, own_id, 60)
+    put_row(database, other_id, 900)
+    status, out, err = await run_script(tmp_path, "--link", own_id, **running.env)
+    assert (status, err) == (0, "")
+    link = urllib.parse.urlsplit(out.strip())
+    assert link.path == "/dashboard" and link.port == running.port
+    token = dict(urllib.parse.parse_qsl(link.query))["token"]
+
+    def get(name, **parameters):
+        status, _, body = fetch(running, f"/data/{name}", token=token, **parameters)
+        return status, body.decode()
+
+    for name in ("channels", "power", "energy", "months", "coverage"):
+        status, body = get(f"{name}.json")
+        assert status == 200
+        assert {row["device_id"] for row in json.loads(body)} == {own_id}
+        assert get(f"{name}.json", device=own_id) == (status, body)
+    assert get("channels.csv")[1].count("\r\n") == 2
+    assert get("channels.json", device=other_id) == (
+        400,
+        f"device makes no sense: this link opens {own_id} alone\n",
+    )
+    assert get("settings.json")[0] == 200
+    # Who was refused is nothing for a tenant.
+    with pytest.raises(InvalidStatus):
+        async with connect(running.url + "s"):
+            pass
+    assert get("refused.json") == (200, "[]")
+    quoted = urllib.parse.quote(token)
+    assert "silent since" not in running.get(f"/health?silent=600&token={quoted}")[1]
+    _, _, mark = token.rpartition("~")
+    for wrong in (f"{other_id}~{mark}", f"~{mark}", mark, token[:-1], f"{own_id}~"):
+        assert fetch(running, "/data/channels.json", token=wrong)[0] == 401
+
+
+async def test_without_a_token_of_the_page_there_is_no_link_of_a_device(tmp_path):
+    status, out, _ = await run_script(tmp_path, "--link", "a")
+    assert status == 1 and "no token yet" in out
+
+
 async def test_frames_that_a_filter_held_back_land_in_the_minute_they_came_in(make):
     collector, now = make(), 1_795_435_200.0
     minutes = [1440, 1439, 3, 0, -5]
