@@ -1,19 +1,16 @@
 """`--check`: how things stand, also beside a running collector; `--link`: a link to one
 device's data."""
 
-import sqlite3
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import psycopg
 
 import database
-import local_postgres
 from answers import device_token
+from beside import NoDatabase, reachable
 from database import BEGIN_READING, DATABASE_ERRORS, one_line, utc, within
-from outbox import Outbox
 from settings import Settings, links, page_token
 from version import VERSION
 
@@ -100,41 +97,11 @@ def shown_database_url(url: str | None) -> str:
 
 async def print_database(settings: Settings) -> None:
     """Raises DATABASE_ERRORS."""
-    if settings.database_url is not None:
-        await print_rows(await database.connect(settings.database_url))
-        return
-    folder = local_postgres.folder_in(settings.data_dir)
-    if not (folder / "PG_VERSION").exists():
-        print("There is no database yet: the collector makes it when it starts.")
-        return
     try:
-        conn = await database.connect(local_postgres.conninfo(folder))
-    except psycopg.OperationalError:
-        await print_rows_of_stopped_server(settings, folder)
-    else:
-        await print_rows(conn)
-    finally:
-        local_postgres.remove_short_link()
-
-
-async def print_rows_of_stopped_server(settings: Settings, folder: Path) -> None:
-    """Start the embedded server for as long as it takes to look at its rows."""
-    outbox = Outbox(Path(settings.data_dir))
-    # If it doesn't exist, don't create it: it would belong to whoever runs --check.
-    if outbox.path.exists():
-        try:
-            outbox.claim()
-        except sqlite3.OperationalError:
-            # A collector has the folder, and starts its server.
-            await print_rows(await database.connect(local_postgres.conninfo(folder)))
-            return
-    process = await local_postgres.start(folder)
-    try:
-        await local_postgres.wait_until_ready(process, folder)
-        await print_rows(await database.connect(local_postgres.conninfo(folder)))
-    finally:
-        await local_postgres.stop(process)
-        outbox.close()
+        async with reachable(settings) as conninfo:
+            await print_rows(await database.connect(conninfo))
+    except NoDatabase as exc:
+        print(exc)
 
 
 async def print_rows(conn: psycopg.AsyncConnection[Any]) -> None:

@@ -78,6 +78,7 @@ from asking import (
     Requests,
     moment_of,
 )
+from backup import KEPT, backup
 from check import check, print_device_link
 from complaints import Complaints
 from database import CONNECTION, DATABASE_ERRORS, one_line, refuses_row, utc, within
@@ -1709,6 +1710,12 @@ def read_arguments() -> argparse.Namespace:
         help="show a link that opens this device's data only",
     )
     commands.add_argument(
+        "--backup",
+        metavar="FOLDER",
+        type=Path,
+        help=f"write the whole database into a file there; the newest {KEPT} are kept",
+    )
+    commands.add_argument(
         "--version", action="version", version=f"Shelly collector {VERSION}"
     )
     return parser.parse_args()
@@ -1729,6 +1736,8 @@ def main() -> int:
         log.warning(".env: %s", line)
     # A full garbage collection of all modules would hold the event loop for 24 ms.
     gc.freeze()
+    if arguments.backup is not None:
+        return asyncio.run(backup(settings, arguments.backup))
     if arguments.link is not None:
         return print_device_link(settings, arguments.link)
     if arguments.check:

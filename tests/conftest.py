@@ -23,6 +23,7 @@ from support import (
 # Worker's runtime, which takes a second or more. Elsewhere such tests are marked one by
 # one.
 SLOW_FILES = {
+    "test_backup.py",
     "test_dashboard.py",
     "test_embedded.py",
     "test_looking.py",

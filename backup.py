@@ -1,0 +1,139 @@
+"""`--backup`: the whole database in one file, by pg_dump, also beside a running
+collector. The entry point is `backup`."""
+
+import asyncio
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from psycopg import conninfo
+from psycopg.pq import Conninfo
+
+import database
+import local_postgres
+from beside import reachable
+from database import DATABASE_ERRORS, one_line
+from settings import Settings
+
+# The newest ones; older ones are deleted.
+KEPT = 7
+# The time of a backup is part of its name, so the names sort by age.
+NAME = re.compile(r"shelly-\d{4}-\d\d-\d\dT\d{6}Z\.dump")
+# Where Debian puts the programs of each PostgreSQL.
+DEBIAN = "/usr/lib/postgresql/{major}/bin/pg_dump"
+
+
+async def backup(settings: Settings, folder: Path) -> int:
+    """Write a backup into a folder, and say how that went. Returns the exit status."""
+    began = time.monotonic()
+    try:
+        async with reachable(settings) as url:
+            path = await write_backup(url, folder)
+        kept = delete_old(folder)
+    except DATABASE_ERRORS as exc:
+        print(f"No backup: {one_line(exc)}", file=sys.stderr)
+        return 1
+    size_mb = path.stat().st_size / 1e6
+    took_s = time.monotonic() - began
+    print(f"{path}: {size_mb:,.1f} MB in {took_s:.1f} s; backups kept: {kept}")
+    return 0
+
+
+async def write_backup(url: str, folder: Path) -> Path:
+    """Returns the file; there is none if this raises OSError or psycopg.Error."""
+    conn = await database.connect(url)
+    server = conn.info.server_version // 10_000
+    await conn.close()
+    program = await asyncio.to_thread(find_program, server)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = folder / f"shelly-{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.dump"
+    unfinished = path.with_suffix(".part")
+    try:
+        await dump(program, url, unfinished)
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+async def dump(program: str, url: str, path: Path) -> None:
+    """Raises OSError with what pg_dump says."""
+    process = await asyncio.create_subprocess_exec(
+        program,
+        "--format=custom",
+        "--no-password",
+        # An owner who changes a table should not wait for long.
+        "--lock-wait-timeout=60s",
+        f"--file={path}",
+        env=os.environ | environment_of(url),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        umask=0o077,
+        # The collector and its server come first.
+        preexec_fn=lower_priority,
+    )
+    try:
+        _, errors = await process.communicate()
+    except asyncio.CancelledError:
+        process.kill()
+        await process.wait()
+        raise
+    if process.returncode != 0:
+        raise OSError(errors.decode(errors="replace").strip())
+
+
+def lower_priority() -> None:
+    os.nice(10)
+
+
+def environment_of(url: str) -> dict[str, str]:
+    """What libpq is to know of a URL: arguments would show the password to every
+    user of the machine."""
+    given = conninfo.conninfo_to_dict(url)
+    return {
+        option.envvar.decode(): str(given[option.keyword.decode()])
+        for option in Conninfo.get_defaults()
+        if option.envvar is not None and option.keyword.decode() in given
+    }
+
+
+def find_program(server: int) -> str:
+    """The pg_dump of a server's own version, or else of a newer one. Raises OSError.
+
+    What a newer one writes can be read by its own pg_restore alone."""
+    candidates = [
+        str(local_postgres.programs() / "pg_dump"),
+        DEBIAN.format(major=server),
+        shutil.which("pg_dump") or "",
+    ]
+    versions = {
+        version_of(program): program
+        for program in candidates
+        if program and Path(program).exists()
+    }
+    fitting = [version for version in versions if version >= server]
+    if not fitting:
+        raise OSError(f"it needs pg_dump of PostgreSQL {server}, or of a later one")
+    return versions[min(fitting)]
+
+
+def version_of(program: str) -> int:
+    # pg_dump (PostgreSQL) 18.6
+    said = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    version = re.search(r"\d+", said)
+    if version is None:
+        return 0
+    return int(version[0])
+
+
+def delete_old(folder: Path) -> int:
+    """Delete all backups but the newest ones. Returns how many there are."""
+    backups = sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name))
+    for path in backups[:-KEPT]:
+        path.unlink()
+    return min(len(backups), KEPT)
