@@ -5,6 +5,7 @@ import asyncio
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,12 +32,19 @@ DEBIAN = "/usr/lib/postgresql/{major}/bin/pg_dump"
 async def backup(settings: Settings, folder: Path) -> int:
     """Write a backup into a folder, and say how that went. Returns the exit status."""
     began = time.monotonic()
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         async with reachable(settings) as url:
             path = await write_backup(url, folder)
         kept = delete_old(folder)
     except DATABASE_ERRORS as exc:
         print(f"No backup: {one_line(exc)}", file=sys.stderr)
+        return 1
+    except asyncio.CancelledError:
+        # By SIGTERM or Ctrl-C.
+        print("No backup: stopped", file=sys.stderr)
         return 1
     size_mb = path.stat().st_size / 1e6
     took_s = time.monotonic() - began
@@ -46,13 +54,16 @@ async def backup(settings: Settings, folder: Path) -> int:
 
 async def write_backup(url: str, folder: Path) -> Path:
     """Returns the file; there is none if this raises OSError or psycopg.Error."""
-    conn = await database.connect(url)
-    server = conn.info.server_version // 10_000
-    await conn.close()
+    async with await database.connect(url) as conn:
+        server = conn.info.server_version // 10_000
+        table = await database.read_table(conn)
+    if not table.exists:
+        # It would push a good backup out.
+        raise OSError("the database holds no table power_logs")
     program = await asyncio.to_thread(find_program, server)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / f"shelly-{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.dump"
-    unfinished = path.with_suffix(".part")
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
     try:
         await dump(program, url, unfinished)
         unfinished.rename(path)

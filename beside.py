@@ -1,8 +1,10 @@
 """The database for a command that runs beside a collector, or without one. The entry
 points are `reachable` and `NoDatabase`."""
 
+import asyncio
 import contextlib
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -22,7 +24,8 @@ async def reachable(settings: Settings) -> AsyncIterator[str]:
     """How to connect to the database. If no collector runs, the embedded server is
     started for as long as the command takes.
 
-    Raises OSError, psycopg.OperationalError."""
+    A collector that starts meanwhile ends that server and starts its own: rows come
+    first. Raises OSError, psycopg.OperationalError."""
     if settings.database_url is not None:
         yield settings.database_url
         return
@@ -31,16 +34,38 @@ async def reachable(settings: Settings) -> AsyncIterator[str]:
         raise NoDatabase(
             "There is no database yet: the collector makes it when it starts."
         )
-    outbox = Outbox(Path(settings.data_dir))
     process = None
     try:
-        if not await takes_connections(folder) and may_start(outbox):
-            process = await local_postgres.start(folder)
-            await local_postgres.wait_until_ready(process, folder)
+        if not await takes_connections(folder):
+            process = await start_server(Path(settings.data_dir), folder)
+            if process is None:
+                await wait_for_collector(folder)
+            else:
+                await local_postgres.wait_until_ready(process, folder)
         yield local_postgres.conninfo(folder)
     finally:
         await local_postgres.stop(process)
+
+
+async def start_server(
+    data_dir: Path, folder: Path
+) -> asyncio.subprocess.Process | None:
+    """Start the embedded server; return None if a collector is about to start it."""
+    outbox = Outbox(data_dir)
+    try:
+        if not may_start(outbox):
+            return None
+        return await local_postgres.start(folder)
+    finally:
         outbox.close()
+
+
+async def wait_for_collector(folder: Path) -> None:
+    """Wait until the server that a collector starts takes connections, or for as long
+    as that may take."""
+    end = time.monotonic() + local_postgres.START_TIMEOUT
+    while time.monotonic() < end and not await takes_connections(folder):
+        await asyncio.sleep(0.2)
 
 
 async def takes_connections(folder: Path) -> bool:

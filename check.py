@@ -15,6 +15,8 @@ from settings import Settings, links, page_token
 from version import VERSION
 
 CHECK_TIMEOUT = 60.0
+# What is made from a shorter token tells it to a machine that tries them all.
+SAFE_TOKEN = 20
 # Seconds.
 DAY = 86_400
 # The bytes of both tables, with their indexes and partitions; the number of rows, of
@@ -60,8 +62,17 @@ async def check(settings: Settings) -> int:
 def print_device_link(settings: Settings, device: str) -> int:
     """Print the link that opens the data of one device. Returns the exit status."""
     token = page_token(settings, make=False)
+    if device == "":
+        print("A link needs the id of a device, which --check shows.")
+        return 2
     if token == "":
         print("There is no token yet: the collector makes one when it starts.")
+        return 1
+    if len(token) < SAFE_TOKEN:
+        print(
+            "DASHBOARD_TOKEN is too short: whoever has the link of a device could find"
+            " it by trying. Make one with: openssl rand -hex 16"
+        )
         return 1
     of_device = quote(device_token(token, device), safe="")
     print(links(settings, page_token=of_device).page)
@@ -99,12 +110,15 @@ async def print_database(settings: Settings) -> None:
     """Raises DATABASE_ERRORS."""
     try:
         async with reachable(settings) as conninfo:
-            await print_rows(await database.connect(conninfo))
+            conn = await database.connect(conninfo)
+            await print_rows(conn, settings.retention_days)
     except NoDatabase as exc:
         print(exc)
 
 
-async def print_rows(conn: psycopg.AsyncConnection[Any]) -> None:
+async def print_rows(
+    conn: psycopg.AsyncConnection[Any], retention_days: int | None
+) -> None:
     async with conn, conn.transaction():
         await conn.execute(BEGIN_READING)
         # To count the rows of a long table takes time.
@@ -127,10 +141,12 @@ async def print_rows(conn: psycopg.AsyncConnection[Any]) -> None:
             at = utc(timestamp.timestamp())
             line = f"  {at}  {device_id}  {channel}  {apower_w:g} W  {name or ''}"
             print(line.rstrip())
-        await print_sizes(conn)
+        await print_sizes(conn, retention_days)
 
 
-async def print_sizes(conn: psycopg.AsyncConnection[Any]) -> None:
+async def print_sizes(
+    conn: psycopg.AsyncConnection[Any], retention_days: int | None
+) -> None:
     """Print what the tables take on disk, and what a year takes at the last day's
     rate."""
     cursor = await conn.execute(SIZES)
@@ -143,8 +159,9 @@ async def print_sizes(conn: psycopg.AsyncConnection[Any]) -> None:
     )
     # In a small table, empty pages would count for too much.
     if rows_of_last_day > 0 and span_s >= DAY:
-        bytes_per_row = (rows_bytes + quarters_bytes) / rows
-        year_bytes = rows_of_last_day * 365 * bytes_per_row
+        # A quarter takes as much as a row, and stays when the row is deleted.
+        days = min(365, retention_days or 365) + 365 / 15
+        year_bytes = rows_of_last_day * days * rows_bytes / rows
         print(f"At the rate of the last day, a year takes {megabytes(year_bytes)}.")
 
 

@@ -30,15 +30,17 @@ class Refusal(NamedTuple):
 class Refusals:
     def __init__(self, complaints: Complaints) -> None:
         self.complaints = complaints
-        # By line, the oldest first.
-        self.last: dict[str, Refusal] = {}
+        # By address and reason, the oldest first.
+        self.last: dict[tuple[str, str], Refusal] = {}
 
     def note(self, address: str, reason: str, path: str = "") -> None:
-        """Log a refusal, at most once a minute, and keep it."""
+        """Keep a refusal, and log it: at most once a minute for an address and a
+        reason."""
         line = LINES[reason].format(address=address, path=path)
-        self.complaints.log(line, "%s", line)
-        self.last.pop(line, None)
-        self.last[line] = Refusal(time.time(), address, reason, path)
+        self.complaints.log(f"{address} {reason}", "%s", line)
+        key = (address, reason)
+        self.last.pop(key, None)
+        self.last[key] = Refusal(time.time(), address, reason, path)
         if len(self.last) > MAX_REFUSALS:
             del self.last[next(iter(self.last))]
 

@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,7 +131,7 @@ def price(text: str) -> str:
     # What follows the currency, such as /kWh, would be shown behind every cost.
     is_price = re.fullmatch(r"\d{1,9}([.,]\d{1,9})?\s*[^\d\s.,<&/]{0,12}", text)
     if not is_price or "kwh" in text.lower():
-        raise ValueError("must be like 0.2516 EUR")
+        raise nonsense(text, "must be like 0.2516 EUR")
     return text
 
 
@@ -266,13 +266,17 @@ def read_env_file(path: Path) -> dict[str, str | None]:
     return {line.key: line.value for line in lines if line.key is not None}
 
 
-def unknown_names(names: Iterable[str]) -> list[str]:
-    """A line for each name that is no setting, with the one that may be meant."""
+def unknown_names(env_file: Mapping[str, str | None]) -> list[str]:
+    """A line for each name that is not a setting, with the one that may be meant."""
     lines = []
-    for name in names:
+    for name, value in env_file.items():
         if name in READERS:
             continue
-        line = f"{name} is no setting"
+        if value is None or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            # It may be a secret, on a line of its own.
+            lines.append("a line is not a setting: it must be NAME=value")
+            continue
+        line = f"{name} is not a setting"
         similar = difflib.get_close_matches(name.upper(), READERS, n=1, cutoff=0.55)
         if similar:
             line += f"; is {similar[0]} meant?"

@@ -1205,7 +1205,7 @@ def why_left(link: DeviceConnection) -> str:
         return "the connection broke"
     if close.code == CloseCode.INTERNAL_ERROR:
         return "it no longer answers"
-    return f"it was refused, {close.reason or close.code}"
+    return f"the collector closed it, {close.reason or close.code}"
 
 
 def take_message(
@@ -1309,6 +1309,8 @@ def address_of(connection: ServerConnection) -> str:
 # ---- HTTP: health, who may connect, and the owner's questions ----
 
 SECONDS = "[0-9]{1,9}"
+# Channels that /health names.
+MAX_NAMED = 100
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -1332,7 +1334,7 @@ async def route(
     if path == "/ws":
         return admit(collector, connection, request)
     if is_upgrade(request):
-        shown_path = shown_without_token(path, collector.settings.collector_token)
+        shown_path = shown_without_tokens(collector, path)
         collector.refusals.note(address_of(connection), "path", shown_path)
     elif request.method in ("GET", "HEAD"):
         devices = len(connection.server.connections)
@@ -1384,15 +1386,17 @@ def admit(
     return None
 
 
-def shown_without_token(path: str, token: str | None) -> str:
-    """A path as it may be shown; a token that belongs behind the ? may be part of
-    it."""
+def shown_without_tokens(collector: Collector, path: str) -> str:
+    """A path as it may be shown: a token may be in it, behind a & in place of the ?."""
     shown = unquote(path)
-    if token is not None:
-        shown = shown.replace(token, "…")
-    if not shown.isprintable():
-        shown = repr(shown)
-    return shown[:60]
+    for token in (collector.settings.collector_token, collector.page_token):
+        if token:
+            shown = shown.replace(token, "…")
+    harmless = re.match(r"[\w/.…-]{0,60}", shown)
+    assert harmless is not None
+    if harmless[0] != shown:
+        return f"{harmless[0]}…"
+    return shown
 
 
 def is_upgrade(request: Request) -> bool:
@@ -1403,7 +1407,7 @@ def health(collector: Collector, devices: int, query: str) -> tuple[int, str]:
     """Status and text: how things stand; with silent=SECONDS, 503 if a channel is
     silent for longer.
 
-    Anybody may ask, so it tells no reasons, and names only to who has the page's
+    Anybody may ask, so it tells no reasons, and names only to whoever has the page's
     token."""
     last_write = "never"
     if collector.last_write is not None:
@@ -1429,7 +1433,7 @@ def health(collector: Collector, devices: int, query: str) -> tuple[int, str]:
                 lines += [
                     f"silent since {utc(last_sign(channel))}:"
                     f" {channel.device_id} {channel.key}"
-                    for channel in silent
+                    for channel in silent[:MAX_NAMED]
                 ]
     return status, "\n".join(lines) + "\n"
 
@@ -1458,11 +1462,15 @@ def silent_channels(collector: Collector, seconds: int) -> list[Channel]:
     """The channels whose last sign of life is more than `seconds` but less than a day
     old."""
     now = time.time()
-    return [
-        channel
-        for channel in collector.channels.values()
-        if not channel.gone and seconds < now - last_sign(channel) < 86_400
-    ]
+    silent = []
+    for channel in collector.channels.values():
+        if channel.gone or not seconds < now - last_sign(channel) < 86_400:
+            continue
+        # While the database is away, nothing is known of another collector's channels.
+        if collector.failures and channel.newest_row > channel.heard:
+            continue
+        silent.append(channel)
+    return silent
 
 
 def last_sign(channel: Channel) -> float:

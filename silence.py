@@ -16,19 +16,19 @@ from upkeep import GetPool
 
 # Times are seconds. A database that takes longer counts as away.
 ANSWER_TIMEOUT = 5.0
-# How often to read what is new, and to look whether the database is back.
+# How often to read what is new, and to look whether the database is there.
 PAUSE = 60.0
 RETRY = 2.0
 # A channel without a row for longer is not expected any more.
 DAY = 86_400.0
 ROWS_AT_A_TIME = 1_000
 
-# At the start: of every channel. This steps through an index.
+# Steps through an index, from channel to channel.
 ALL_CHANNELS = """
     SELECT device_id, channel, date_part('epoch', timestamp) FROM newest_rows()
     WHERE timestamp BETWEEN to_timestamp(%s) AND to_timestamp(%s)
 """
-# Later: of those that have got one.
+# Reads all rows of the time.
 NEW_ROWS = """
     SELECT device_id, channel, date_part('epoch', max(timestamp)) FROM power_logs
     WHERE timestamp BETWEEN to_timestamp(%s) AND to_timestamp(%s)
@@ -43,45 +43,46 @@ class NewestRow(NamedTuple):
     timestamp: float
 
 
+Note = Callable[[NewestRow], None]
+
+
 async def follow_newest_rows(
-    get_pool: GetPool,
-    note: Callable[[NewestRow], None],
-    interval_s: float,
-    complaints: Complaints,
+    get_pool: GetPool, note: Note, interval_s: float, complaints: Complaints
 ) -> None:
     """Call `note` with the newest row of each channel of the last day, and from then on
     with those that are new."""
     # A row is written up to an interval after its timestamp, or a minute.
     overlap_s = 2 * max(60.0, interval_s)
-    since = None
+    # None before the first time.
+    read_at = None
     while True:
         pool = get_pool()
         if pool is None:
             await asyncio.sleep(RETRY)
             continue
         now = time.time()
-        query = NEW_ROWS
-        if since is None:
-            query = ALL_CHANNELS
-            since = now - DAY
         try:
-            await within(ANSWER_TIMEOUT, read_rows(pool, query, since, now, note))
-            since = now - overlap_s
-        except psycopg.errors.UndefinedFunction:
-            # schema.sql could not be applied, and the log has said so.
-            since = now - overlap_s
+            if read_at is None:
+                await within(ANSWER_TIMEOUT, read_last_day(pool, now, note))
+            else:
+                since = read_at - overlap_s
+                await within(ANSWER_TIMEOUT, read(pool, NEW_ROWS, since, now, note))
+            read_at = now
         except DATABASE_ERRORS as exc:
-            since = None
             complaints.log("newest", "the newest rows are not read: %s", one_line(exc))
         await asyncio.sleep(PAUSE)
 
 
-async def read_rows(
-    pool: AsyncConnectionPool[Any],
-    query: str,
-    since: float,
-    until: float,
-    note: Callable[[NewestRow], None],
+async def read_last_day(pool: AsyncConnectionPool[Any], now: float, note: Note) -> None:
+    try:
+        await read(pool, ALL_CHANNELS, now - DAY, now, note)
+    except psycopg.errors.UndefinedFunction:
+        # schema.sql could not be applied.
+        await read(pool, NEW_ROWS, now - DAY, now, note)
+
+
+async def read(
+    pool: AsyncConnectionPool[Any], query: str, since: float, until: float, note: Note
 ) -> None:
     async with pool.connection() as conn:
         cursor = await conn.execute(query, (since, until))

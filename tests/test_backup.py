@@ -1,14 +1,20 @@
 """--backup, as an owner uses it: with a real pg_dump, and a real restore."""
 
+import asyncio
 import os
 import re
+import signal
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import psycopg
+import pytest
 
 import local_postgres
+from beside import reachable
 from support import (
     ROOT,
     device,
@@ -17,6 +23,7 @@ from support import (
     minute_frame,
     query,
     run_script,
+    settings,
     wait_for,
     wait_for_rows,
 )
@@ -62,7 +69,7 @@ async def written(folder: Path, **env: str) -> Path:
 
 def restore(dump: Path, url: str) -> None:
     program = str(local_postgres.programs() / "pg_restore")
-    command = [program, "-d", url, "-1", "--clean", "--if-exists", str(dump)]
+    command = [program, "-d", url, "-1", "--no-owner", "--clean", "--if-exists", dump]
     subprocess.run(command, check=True, capture_output=True)
 
 
@@ -124,6 +131,22 @@ async def test_another_server_is_backed_up_and_the_newest_seven_are_kept(
         assert answers(other) == answers(database)
 
 
+async def test_a_backup_goes_into_a_database_of_another_owner(tmp_path, database):
+    execute(database, (ROOT / "schema.sql").read_bytes(), ROWS)
+    dump = await written(tmp_path, DATABASE_URL=database)
+    role = f"owner_{os.getpid()}"
+    with fresh_database() as other:
+        execute(
+            other,
+            f"CREATE ROLE {role} LOGIN",
+            f"ALTER SCHEMA public OWNER TO {role}",
+        )
+        restore(dump, psycopg.conninfo.make_conninfo(other, user=role))
+        assert answers(other) == answers(database)
+        execute(other, f"DROP OWNED BY {role} CASCADE")
+    execute(database, f"DROP ROLE {role}")
+
+
 async def test_a_backup_that_fails_says_why_and_leaves_the_older_ones(
     tmp_path, database
 ):
@@ -137,10 +160,12 @@ async def test_a_backup_that_fails_says_why_and_leaves_the_older_ones(
         older.parent.mkdir()
         older.write_text("x")
         (tmp_path / "file").write_text("x")
+        empty = psycopg.conninfo.make_conninfo(database, dbname="postgres")
         for url, folder, reason in (
             ("postgresql://u@127.0.0.1:1/x", "kept", "Connection refused"),
             (blind, "kept", "permission denied"),
             (database, "file", "File exists"),
+            (empty, "kept", "no table power_logs"),
         ):
             status, out, err = await run_script(
                 tmp_path, "--backup", folder, DATABASE_URL=url
@@ -152,6 +177,51 @@ async def test_a_backup_that_fails_says_why_and_leaves_the_older_ones(
         with psycopg.connect(database, autocommit=True) as conn:
             conn.execute(f"DROP OWNED BY {role}")
             conn.execute(f"DROP ROLE {role}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_backup_that_is_stopped_leaves_nothing_behind(
+    tmp_path, database, number
+):
+    execute(database, (ROOT / "schema.sql").read_bytes())
+    with psycopg.connect(database) as conn:
+        # pg_dump waits for it.
+        conn.execute("LOCK TABLE power_logs")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            ROOT / "shelly_collector.py",
+            "--backup",
+            "kept",
+            cwd=tmp_path,
+            env={"PATH": "/usr/bin:/bin", "DATABASE_URL": database},
+            stderr=subprocess.PIPE,
+        )
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pg_dump'"
+            " AND wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        await wait_for(lambda: query(database, waiting) == [(1,)])
+        (dump,) = psutil.Process(process.pid).children()
+        process.send_signal(number)
+        _, err = await asyncio.wait_for(process.communicate(), 10)
+    assert (process.returncode, err) == (1, b"No backup: stopped\n")
+    assert not dump.is_running() and [*(tmp_path / "kept").iterdir()] == []
+
+
+async def test_a_collector_that_starts_during_a_backup_comes_first(
+    collectors, tmp_path
+):
+    running = await collectors(tmp_path).ready()
+    await wait_for(lambda: "database connected" in running.log)
+    await running.stop()
+    async with reachable(settings(DATA_DIR=str(tmp_path / "data"))) as url:
+        assert query(url, "SELECT 1") == [(1,)]
+        await (await running.again()).ready()
+        async with device(running.url) as peer:
+            await peer.send(minute_frame())
+            await wait_for_rows(url_of(tmp_path), 1)
+    assert "in use" not in running.log
+    assert query(url_of(tmp_path), "SELECT count(*) FROM power_logs") == [(1,)]
 
 
 async def test_without_a_database_there_is_no_backup(tmp_path):

@@ -25,6 +25,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 import shelly_collector as sc
+from answers import QUESTIONS
 from support import (
     DEVICE,
     EM,
@@ -1032,10 +1033,13 @@ async def test_who_was_refused_is_told_to_who_has_the_link(collectors, database)
 
 
 async def test_a_link_of_one_device_opens_its_data_only(collectors, database, tmp_path):
-    running = await collectors(tmp_path, DATABASE_URL=database).ready()
+    execute(database, (ROOT / "schema.sql").read_bytes())
     own_id, other_id = "a+b ~ü", "other"
-    put_row(database, own_id, 60)
-    put_row(database, other_id, 900)
+    for device_id in (own_id, other_id):
+        for age_s in (700, 2400, 2460, 2520):
+            put_row(database, device_id, age_s)
+    running = await collectors(tmp_path, DATABASE_URL=database).ready()
+    await wait_for(lambda: running.get("/health?silent=600")[0] == 503)
     status, out, err = await run_script(tmp_path, "--link", own_id, **running.env)
     assert (status, err) == (0, "")
     link = urllib.parse.urlsplit(out.strip())
@@ -1046,12 +1050,19 @@ async def test_a_link_of_one_device_opens_its_data_only(collectors, database, tm
         status, _, body = fetch(running, f"/data/{name}", token=token, **parameters)
         return status, body.decode()
 
-    for name in ("channels", "power", "energy", "months", "coverage"):
-        status, body = get(f"{name}.json")
+    parameters = {
+        "cycles": {"min_power_w": 0.5, "row_length": 60},
+        "gaps": {"row_length": 60},
+    }
+    for name in QUESTIONS:
+        given = parameters.get(name, {})
+        status, body = get(f"{name}.json", **given)
         assert status == 200
         assert {row["device_id"] for row in json.loads(body)} == {own_id}
-        assert get(f"{name}.json", device=own_id) == (status, body)
-    assert get("channels.csv")[1].count("\r\n") == 2
+        assert get(f"{name}.json", device=own_id, **given)[0] == 200
+        for excel in (0, 1):
+            status, body = get(f"{name}.csv", excel=excel, **given)
+            assert own_id in body and other_id not in body
     assert get("channels.json", device=other_id) == (
         400,
         f"device makes no sense: this link opens {own_id} alone\n",
@@ -1069,9 +1080,15 @@ async def test_a_link_of_one_device_opens_its_data_only(collectors, database, tm
         assert fetch(running, "/data/channels.json", token=wrong)[0] == 401
 
 
-async def test_without_a_token_of_the_page_there_is_no_link_of_a_device(tmp_path):
+async def test_a_link_that_would_give_the_token_away_or_opens_nothing_is_not_made(
+    tmp_path,
+):
     status, out, _ = await run_script(tmp_path, "--link", "a")
     assert status == 1 and "no token yet" in out
+    status, out, _ = await run_script(tmp_path, "--link", "a", DASHBOARD_TOKEN="look")
+    assert status == 1 and "too short" in out and "look" not in out
+    status, out, _ = await run_script(tmp_path, "--link", "", DASHBOARD_TOKEN="x" * 32)
+    assert status == 2 and "needs the id" in out
 
 
 async def test_frames_that_a_filter_held_back_land_in_the_minute_they_came_in(make):

@@ -353,17 +353,28 @@ async def test_a_device_with_a_wrong_path_is_refused_with_a_line_that_says_the_r
 
 async def test_a_token_in_the_path_is_not_logged(collectors, database):
     running = await collectors(
-        DATABASE_URL=database, COLLECTOR_TOKEN="a secret"
+        DATABASE_URL=database, COLLECTOR_TOKEN="a secret", DASHBOARD_TOKEN="look"
     ).ready()
-    for path in ("/ws&token=a%20secret", "/a%20secret\N{RIGHT-TO-LEFT OVERRIDE}"):
+    told = []
+    for path, shown in {
+        "/ws&token=a%20secret": "/ws…",
+        "/ws&token=a+secret": "/ws…",
+        "/wss%3Ftoken=secret": "/wss…",
+        "/ws;old-secret": "/ws…",
+        "/ws/a%20secret": "/ws/…",
+        "/%E2%80%AEx": "/…",
+        "/" + 99 * "x": "/" + 59 * "x" + "…",
+    }.items():
         with pytest.raises(InvalidStatus):
-            async with connect(
-                running.url.removesuffix("/ws") + urllib.parse.quote(path, safe="/&=%")
-            ):
+            async with connect(running.url.removesuffix("/ws") + path):
                 pass
-    await wait_for(lambda: running.log.count("is not /ws") == 2, 5)
-    assert "/ws&token=… is not /ws" in running.log and "secret" not in running.log
-    assert r"'/…\u202e' is not /ws" in running.log
+        refused = json.loads(running.get("/data/refused.json?token=look")[1])
+        told.append(refused[0]["path"] == shown)
+        # One line a minute for an address and a reason.
+        assert len(refused) == 1
+    assert told == [True] * 7
+    assert "/ws… is not /ws" in running.log and "secret" not in running.log
+    assert 1 <= running.log.count("is not /ws") <= 2
 
 
 async def test_tls_on_the_plain_port_is_named(shared):
@@ -390,8 +401,38 @@ async def test_a_device_that_leaves_makes_a_line_that_says_why(shared, database)
     assert reasons == {
         "closes": "it closed the connection",
         "breaks": "the connection broke",
-        "floods": "it was refused, frame with 300000 bytes exceeds limit of 262144 bytes",
+        "floods": "the collector closed it, frame with 300000 bytes exceeds limit of 262144 bytes",
     }
+
+
+async def test_a_device_that_no_longer_answers_is_said_to_have_left(make, caplog):
+    collector = make()
+    caplog.set_level("INFO")
+
+    async def handle(websocket):
+        await handle_device(collector, websocket)
+
+    async with serve(
+        handle,
+        "127.0.0.1",
+        0,
+        create_connection=DeviceConnection,
+        ping_interval=0.1,
+        ping_timeout=0.1,
+        close_timeout=0.1,
+    ) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with connect(
+            f"ws://127.0.0.1:{port}/ws", ping_interval=None
+        ) as websocket:
+            await websocket.send(json.dumps(minute_frame("dead")))
+            await wait_for(lambda: "dead connected" in caplog.text)
+            # As a device that has lost its power: it reads nothing, and never closes.
+            websocket.transport.pause_reading()
+            line = "dead left after 0:00:0"
+            await wait_for(lambda: line in caplog.text)
+            websocket.transport.abort()
+    assert "it no longer answers" in caplog.text
 
 
 async def test_at_a_stop_no_device_leaves(collectors, database):

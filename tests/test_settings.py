@@ -258,15 +258,17 @@ async def test_a_line_of_the_env_file_that_cannot_be_read_stops_the_start(
 async def test_a_name_in_the_env_file_that_is_no_setting_is_named(tmp_path):
     (tmp_path / ".env").write_text(
         "COLECTOR_TOKEN=secret-pass\nMIN_POWER=10\nPRICE_PER_KWh=0.25 EUR\nZZZ=1\nPORT=1\n"
+        "secret-pass\npostgresql://u:secret-pass@h/x?sslmode=require\n"
     )
     _, out, err = await run_script(tmp_path, "--check")
     assert [line.partition(" WARNING ")[2] for line in err.splitlines()] == [
-        ".env: COLECTOR_TOKEN is no setting; is COLLECTOR_TOKEN meant?",
-        ".env: MIN_POWER is no setting; is MIN_POWER_W meant?",
-        ".env: PRICE_PER_KWh is no setting; is PRICE_PER_KWH meant?",
-        ".env: ZZZ is no setting",
+        ".env: COLECTOR_TOKEN is not a setting; is COLLECTOR_TOKEN meant?",
+        ".env: MIN_POWER is not a setting; is MIN_POWER_W meant?",
+        ".env: PRICE_PER_KWh is not a setting; is PRICE_PER_KWH meant?",
+        ".env: ZZZ is not a setting",
+        *[".env: a line is not a setting: it must be NAME=value"] * 2,
     ]
-    assert "secret-pass" not in out
+    assert "secret-pass" not in out + err
 
 
 async def test_an_env_file_that_is_a_folder_is_named(tmp_path):
