@@ -802,6 +802,28 @@ def test_retention_deletes_rows_by_whole_quarters_and_their_quarters_stay(house)
     assert sum(rows for _, rows in energy(house)) == 3 * 1440 / 5 + 1
 
 
+def test_a_row_below_the_horizon_counts_in_no_answer(house):
+    # At noon of the second day an hour is missing, and so has no quarter.
+    noon = 1440 + 720
+    house.put(*range(0, noon, 5), *range(noon + 60, 5 * 1440, 5))
+    house.set_clock(minute(5 * 1440 + 7))
+    house.make_all()
+    for _ in range(9):
+        house.run("SELECT forget_rows(3)")
+    before = energy(house)
+    house.put(700, noon + 30)
+    assert energy(house) == before
+    # The row before one that is changed is below the horizon now.
+    house.run(
+        "UPDATE power_logs SET voltage_v = 231 WHERE timestamp = %s", minute(2 * 1440)
+    )
+    assert house.all("SELECT count(*) > 0 FROM quarter_marks") == [(True,)]
+    assert energy(house) == before
+    # All others are to be made anew.
+    house.run("ALTER TABLE power_logs DISABLE TRIGGER ALL")
+    assert energy(house) == before
+
+
 def test_no_row_is_deleted_before_the_first_step(house):
     house.put(*range(0, 5 * 1440, 5))
     house.set_clock(minute(5 * 1440 + 7))
