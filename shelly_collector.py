@@ -1425,16 +1425,12 @@ def health(collector: Collector, devices: int, query: str) -> tuple[int, str]:
     status = 200
     seconds = dict(parse_qsl(query)).get("silent", "")
     if re.fullmatch(SECONDS, seconds):
-        silent = silent_channels(collector, int(seconds))
-        if silent:
+        count = count_silent(collector, int(seconds))
+        if count > 0:
             status = 503
-            lines.append(f"channels silent: {len(silent)}")
+            lines.append(f"channels silent: {count}")
             if has_token(query, collector.page_token):
-                lines += [
-                    f"silent since {utc(last_sign(channel))}:"
-                    f" {channel.device_id} {channel.key}"
-                    for channel in silent[:MAX_NAMED]
-                ]
+                lines += named_silent(collector, int(seconds))
     return status, "\n".join(lines) + "\n"
 
 
@@ -1471,6 +1467,18 @@ def silent_channels(collector: Collector, seconds: int) -> list[Channel]:
             continue
         silent.append(channel)
     return silent
+
+
+def count_silent(collector: Collector, seconds: int) -> int:
+    return len(silent_channels(collector, seconds))
+
+
+def named_silent(collector: Collector, seconds: int) -> list[str]:
+    """A line for each silent channel, of MAX_NAMED at most."""
+    return [
+        f"silent since {utc(last_sign(channel))}: {channel.device_id} {channel.key}"
+        for channel in silent_channels(collector, seconds)[:MAX_NAMED]
+    ]
 
 
 def last_sign(channel: Channel) -> float:
