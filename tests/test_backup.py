@@ -76,16 +76,19 @@ def restore(dump: Path, url: str) -> None:
 async def test_a_backup_beside_a_running_collector_brings_back_every_number(
     collectors, tmp_path
 ):
-    running = await collectors(tmp_path, RETENTION_DAYS="2").ready()
+    running = await collectors(tmp_path).ready()
     async with device(running.url) as peer:
         await peer.send(minute_frame())
         await wait_for_rows(url_of(tmp_path), 1)
-    execute(url_of(tmp_path), ROWS)
     execute(
         url_of(tmp_path),
+        ROWS,
         "INSERT INTO channel_names (device_id, channel, name)"
         " VALUES ('pump', 'switch:0', 'Pump')",
     )
+    await wait_for(lambda: "quarters: all made" in running.get()[1], 30)
+    await running.stop()
+    running = await collectors(tmp_path, RETENTION_DAYS="2").ready()
     # Rows older than two days go, and leave final quarters.
     is_pruned = "SELECT min(timestamp) > now() - interval '49 hours' FROM power_logs"
     await wait_for(lambda: query(url_of(tmp_path), is_pruned) == [(True,)], 60)
