@@ -18,9 +18,11 @@ from psycopg.pq import Conninfo
 import database
 import local_postgres
 from beside import reachable
-from database import DATABASE_ERRORS, one_line
+from database import DATABASE_ERRORS, one_line, within
 from settings import Settings
 
+# Seconds; a database that takes longer counts as away.
+ANSWER_TIMEOUT = 30.0
 # The newest ones; older ones are deleted.
 KEPT = 7
 # The time of a backup is part of its name, so the names sort by age.
@@ -54,12 +56,7 @@ async def backup(settings: Settings, folder: Path) -> int:
 
 async def write_backup(url: str, folder: Path) -> Path:
     """Returns the file; there is none if this raises OSError or psycopg.Error."""
-    async with await database.connect(url) as conn:
-        server = conn.info.server_version // 10_000
-        table = await database.read_table(conn)
-    if not table.exists:
-        # It would push a good backup out.
-        raise OSError("the database holds no table power_logs")
+    server = await within(ANSWER_TIMEOUT, version_of_server(url))
     program = await asyncio.to_thread(find_program, server)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / f"shelly-{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.dump"
@@ -70,6 +67,16 @@ async def write_backup(url: str, folder: Path) -> Path:
     finally:
         unfinished.unlink(missing_ok=True)
     return path
+
+
+async def version_of_server(url: str) -> int:
+    """Raises OSError if there is no table to back up: such a backup would push a good
+    one out."""
+    async with await database.connect(url) as conn:
+        table = await database.read_table(conn)
+        if not table.exists:
+            raise OSError("the database holds no table power_logs")
+        return conn.info.server_version // 10_000
 
 
 async def dump(program: str, url: str, path: Path) -> None:
@@ -106,11 +113,12 @@ def environment_of(url: str) -> dict[str, str]:
     """What libpq is to know of a URL: arguments would show the password to every
     user of the machine."""
     given = conninfo.conninfo_to_dict(url)
-    return {
-        option.envvar.decode(): str(given[option.keyword.decode()])
-        for option in Conninfo.get_defaults()
-        if option.envvar is not None and option.keyword.decode() in given
-    }
+    variables = {}
+    for option in Conninfo.get_defaults():
+        name = option.keyword.decode()
+        if name in given and option.envvar is not None:
+            variables[option.envvar.decode()] = str(given[name])
+    return variables
 
 
 def find_program(server: int) -> str:
@@ -120,17 +128,19 @@ def find_program(server: int) -> str:
     candidates = [
         str(local_postgres.programs() / "pg_dump"),
         DEBIAN.format(major=server),
-        shutil.which("pg_dump") or "",
+        shutil.which("pg_dump"),
     ]
-    versions = {
-        version_of(program): program
-        for program in candidates
-        if program and Path(program).exists()
-    }
-    fitting = [version for version in versions if version >= server]
+    # By version.
+    fitting = {}
+    for program in candidates:
+        if program is None or not Path(program).exists():
+            continue
+        version = version_of(program)
+        if version >= server:
+            fitting[version] = program
     if not fitting:
         raise OSError(f"it needs pg_dump of PostgreSQL {server}, or of a later one")
-    return versions[min(fitting)]
+    return fitting[min(fitting)]
 
 
 def version_of(program: str) -> int:

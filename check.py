@@ -2,7 +2,7 @@
 device's data."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import psycopg
@@ -19,8 +19,6 @@ CHECK_TIMEOUT = 60.0
 SAFE_TOKEN = 20
 # Seconds.
 DAY = 86_400
-# The bytes of both tables, with their indexes and partitions; the number of rows, of
-# all and of the last day; seconds from the first row to the last.
 SIZES = """
     SELECT
         coalesce(
@@ -31,10 +29,23 @@ SIZES = """
         coalesce(pg_total_relation_size(to_regclass('power_quarters')), 0),
         count(*),
         count(*) FILTER (WHERE timestamp > now() - interval '1 day'),
-        date_part('epoch', max(timestamp) - min(timestamp))
+        coalesce(date_part('epoch',
+            max(timestamp) FILTER (WHERE isfinite(timestamp))
+            - min(timestamp) FILTER (WHERE isfinite(timestamp))), 0)
     FROM power_logs
-    WHERE timestamp < now() + interval '1 day' AND isfinite(timestamp)
 """
+
+
+class Sizes(NamedTuple):
+    """What SIZES returns."""
+
+    # With indexes and partitions.
+    rows_bytes: int
+    quarters_bytes: int
+    rows: int
+    rows_of_last_day: int
+    # Seconds from the first row to the last; 0 if there is none.
+    span_s: float
 
 
 async def check(settings: Settings) -> int:
@@ -128,12 +139,14 @@ async def print_rows(
         if not table.exists:
             print("There is no table yet: the collector makes it when it starts.")
             return
-        cursor = await conn.execute("SELECT count(*) FROM power_logs")
-        (count,) = await cursor.fetchone() or (0,)
-        if count == 0:
+        cursor = await conn.execute(SIZES)
+        row = await cursor.fetchone()
+        assert row is not None
+        sizes = Sizes(*row)
+        if sizes.rows == 0:
             print("power_logs holds 0 rows.")
             return
-        print(f"power_logs holds {count} rows, the newest of each channel:")
+        print(f"power_logs holds {sizes.rows} rows, the newest of each channel:")
         newest = await conn.execute(
             "SELECT device_id, channel, name, timestamp, apower_w FROM newest_rows()"
         )
@@ -141,27 +154,21 @@ async def print_rows(
             at = utc(timestamp.timestamp())
             line = f"  {at}  {device_id}  {channel}  {apower_w:g} W  {name or ''}"
             print(line.rstrip())
-        await print_sizes(conn, retention_days)
+        print_sizes(sizes, retention_days)
 
 
-async def print_sizes(
-    conn: psycopg.AsyncConnection[Any], retention_days: int | None
-) -> None:
+def print_sizes(sizes: Sizes, retention_days: int | None) -> None:
     """Print what the tables take on disk, and what a year takes at the last day's
     rate."""
-    cursor = await conn.execute(SIZES)
-    row = await cursor.fetchone()
-    assert row is not None
-    rows_bytes, quarters_bytes, rows, rows_of_last_day, span_s = row
     print(
-        f"On disk: {megabytes(rows_bytes)} for the rows,"
-        f" {megabytes(quarters_bytes)} for their quarters of an hour."
+        f"On disk: {megabytes(sizes.rows_bytes)} for the rows,"
+        f" {megabytes(sizes.quarters_bytes)} for their quarters of an hour."
     )
     # In a small table, empty pages would count for too much.
-    if rows_of_last_day > 0 and span_s >= DAY:
+    if sizes.rows_of_last_day > 0 and sizes.span_s >= DAY:
         # A quarter takes as much as a row, and stays when the row is deleted.
         days = min(365, retention_days or 365) + 365 / 15
-        year_bytes = rows_of_last_day * days * rows_bytes / rows
+        year_bytes = sizes.rows_of_last_day * days * sizes.rows_bytes / sizes.rows
         print(f"At the rate of the last day, a year takes {megabytes(year_bytes)}.")
 
 

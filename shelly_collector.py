@@ -1338,11 +1338,10 @@ async def route(
         collector.refusals.note(address_of(connection), "path", shown_path)
     elif request.method in ("GET", "HEAD"):
         devices = len(connection.server.connections)
-        nonsense = None
         if path == "/health":
             nonsense = nonsense_of_health(query)
-        if nonsense is not None:
-            return connection.respond(400, f"{nonsense}\n")
+            if nonsense is not None:
+                return connection.respond(400, f"{nonsense}\n")
         if path in ("/", "/health"):
             status, text = health(collector, devices, query)
             return connection.respond(status, text)

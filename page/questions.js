@@ -13,8 +13,8 @@ import { settings, TOKEN } from "./settings.js";
 import { frame, moveFrame, state } from "./state.js";
 import { DAY, MINUTE, dayKey, followServer, iso, midnight, now, useOffset, zone } from "./time.js";
 
-// By name: channels, refused, power, fine (power, while zoomed), cycles, energy, coverage; cyclesNow and
-// energyNow, where the period does not hold today. An answer is its question, and
+// By name: channels, refused, power, fine (power, while zoomed), cycles, energy, coverage; cyclesNow
+// and energyNow, where the period does not hold today. An answer is its question, and
 //   rows      parsed; model.js turns their times into moments
 //   text      as it came
 //   byChannel  rows by channel, null until model.js sorts them
