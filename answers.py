@@ -473,8 +473,7 @@ async def ask(
         if given.get("excel") == "1":
             query = await with_local_times(conn, query, values)
         cursor = make_cursor(conn, form)
-        # prepare=False: a statement that is kept gets a plan for any parameters.
-        await cursor.execute(query, values, prepare=False)
+        await cursor.execute(query, values)
         if cursor.rowcount > MAX_ROWS:
             raise psycopg.errors.ProgramLimitExceeded(
                 "The answer is too large: ask for a shorter time, for one device,"
@@ -494,7 +493,7 @@ async def makes_sense(conn: Connection, name: str, text: str) -> bool:
     if name == "zone" and AMBIGUOUS_ZONE.fullmatch(text):
         return False
     try:
-        cursor = await conn.execute(f"SELECT {CONDITIONS[name]}", [text], prepare=False)
+        cursor = await conn.execute(f"SELECT {CONDITIONS[name]}", [text])
     except (psycopg.DataError, psycopg.NotSupportedError):
         return False
     return await cursor.fetchone() == (True,)
@@ -509,9 +508,7 @@ async def times_with_offset(
     await conn.execute("SELECT set_config('TimeZone', %s, true)", [zone])
     for name in ("since", "until"):
         if name in given:
-            cursor = await conn.execute(
-                "SELECT %s::timestamptz::text", [given[name]], prepare=False
-            )
+            cursor = await conn.execute("SELECT %s::timestamptz::text", [given[name]])
             (times[name],) = await cursor.fetchone() or ("",)
     await conn.execute("SET LOCAL TimeZone = 'UTC'")
     return times
@@ -543,7 +540,7 @@ async def with_local_times(
 ) -> sql.Composed:
     """Return the same query with its times as a clock of the zone shows them."""
     no_rows = sql.SQL("SELECT * FROM ({}) AS answer LIMIT 0").format(query)
-    cursor = await conn.execute(no_rows, values, prepare=False)
+    cursor = await conn.execute(no_rows, values)
     columns = []
     for column in cursor.description or ():
         text = "{0}"

@@ -23,6 +23,9 @@ CONNECTION: dict[str, Any] = {
     # Otherwise it's the database's own encoding, which cannot write every name.
     "client_encoding": "utf8",
     "connect_timeout": 5,
+    # No statement gets a name: behind a pooler it may be another's. One without a name
+    # is planned for its values, too.
+    "prepare_threshold": None,
     # A dead network shows after a minute.
     "keepalives_idle": 30,
     "keepalives_interval": 10,
