@@ -285,8 +285,9 @@ async def data_response(
     try:
         given = read_parameters(query, name, form)
         if only_device is not None:
+            # It must not show the addresses of others.
             refused = []
-            given = limited_to(only_device, given, name)
+            given = limit_to_device(only_device, given, name)
         body = await answer_body(name, form, given, settings, refused, pool)
     except (*BUSY, TimeoutError):
         return text_response(
@@ -372,15 +373,19 @@ def token_in(query: str) -> str:
 
 
 def device_token(page_token: str, device: str) -> str:
-    """Return the token that opens the data of one device, made from the page's."""
+    """Return the token that opens the data of one device: its id, ~, and a hash made
+    with the page's token."""
     digest = hmac.new(page_token.encode(), device.encode(), "sha256").hexdigest()
     return f"{device}~{digest[:32]}"
 
 
 def device_of_link(query: str, page_token: str) -> str | None:
     """Return the device that the token of a query opens; None if it opens none."""
+    if page_token == "":
+        # The start is not complete yet. Anybody could make the hash of nothing.
+        return None
     device, _, _ = token_in(query).rpartition("~")
-    if page_token and device and has_token(query, device_token(page_token, device)):
+    if device != "" and has_token(query, device_token(page_token, device)):
         return device
     return None
 
@@ -403,12 +408,13 @@ def read_parameters(query: str, name: str, form: str) -> dict[str, str]:
     return given
 
 
-def limited_to(device: str, given: dict[str, str], name: str) -> dict[str, str]:
+def limit_to_device(device: str, given: dict[str, str], name: str) -> dict[str, str]:
     """Return the parameters of a question about one device alone; raises BadParameter
     if they name another."""
     if name not in QUESTIONS:
+        # Settings and refusals hold no rows of devices.
         return given
-    if given.get("device", device) != device:
+    if "device" in given and given["device"] != device:
         raise BadParameter(f"device makes no sense: this link opens {device} alone")
     return given | {"device": device}
 
@@ -441,13 +447,12 @@ def refused_body(refused: list[Refusal], form: str, given: dict[str, str]) -> by
     rows: list[tuple[Any, ...]] = []
     for refusal in refused:
         at = datetime.fromtimestamp(refusal.refused_at, UTC)
-        # As PostgreSQL's times are written.
+        # As the times of the questions: ISO 8601 in JSON, PostgreSQL's own text in CSV.
         time_text = at.isoformat(timespec="seconds")
         if form == "csv":
             time_text = Time(f"{at:%Y-%m-%d %H:%M:%S}+00")
         rows.append((time_text, refusal.address, refusal.reason, refusal.path))
-    if rows:
-        writer.add(rows)
+    writer.add(rows)
     return writer.finish()
 
 

@@ -21,10 +21,10 @@ from beside import reachable
 from database import DATABASE_ERRORS, one_line, within
 from settings import Settings
 
-# Seconds; a database that takes longer counts as away.
+# Seconds; after that the server counts as frozen.
 ANSWER_TIMEOUT = 30.0
-# The newest ones; older ones are deleted.
-KEPT = 7
+# Older ones are deleted.
+MAX_BACKUPS = 7
 # The time of a backup is part of its name, so the names sort by age.
 NAME = re.compile(r"shelly-\d{4}-\d\d-\d\dT\d{6}Z\.dump")
 # Where Debian puts the programs of each PostgreSQL.
@@ -36,28 +36,35 @@ async def backup(settings: Settings, folder: Path) -> int:
     began = time.monotonic()
     task = asyncio.current_task()
     assert task is not None
+    # asyncio does the same at Ctrl-C. Neither leaves a file or a server behind.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         async with reachable(settings) as url:
             path = await write_backup(url, folder)
-        kept = delete_old(folder)
     except DATABASE_ERRORS as exc:
         print(f"No backup: {one_line(exc)}", file=sys.stderr)
         return 1
     except asyncio.CancelledError:
-        # By SIGTERM or Ctrl-C.
         print("No backup: stopped", file=sys.stderr)
         return 1
     size_mb = path.stat().st_size / 1e6
     took_s = time.monotonic() - began
-    print(f"{path}: {size_mb:,.1f} MB in {took_s:.1f} s; backups kept: {kept}")
+    print(f"{path}: {size_mb:,.1f} MB in {took_s:.1f} s", end="; ")
+    try:
+        print(f"backups kept: {delete_old(folder)}")
+    except OSError as exc:
+        print("older backups cannot be deleted")
+        print(one_line(exc), file=sys.stderr)
+        return 1
     return 0
 
 
 async def write_backup(url: str, folder: Path) -> Path:
-    """Returns the file; there is none if this raises OSError or psycopg.Error."""
-    server = await within(ANSWER_TIMEOUT, version_of_server(url))
-    program = await asyncio.to_thread(find_program, server)
+    """Write the file, under its own name only once it is whole. Returns its path.
+
+    Raises OSError, psycopg.Error."""
+    major = await within(ANSWER_TIMEOUT, check_server(url))
+    program = await asyncio.to_thread(find_pg_dump, major)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / f"shelly-{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.dump"
     unfinished = path.with_suffix(f".{os.getpid()}.part")
@@ -69,9 +76,9 @@ async def write_backup(url: str, folder: Path) -> Path:
     return path
 
 
-async def version_of_server(url: str) -> int:
-    """Raises OSError if there is no table to back up: such a backup would push a good
-    one out."""
+async def check_server(url: str) -> int:
+    """Return the server's major version. Raises OSError if it has no table to back up:
+    such a backup would push out a good one."""
     async with await database.connect(url) as conn:
         table = await database.read_table(conn)
         if not table.exists:
@@ -80,12 +87,13 @@ async def version_of_server(url: str) -> int:
 
 
 async def dump(program: str, url: str, path: Path) -> None:
-    """Raises OSError with what pg_dump says."""
+    """Run pg_dump. Raises OSError with what it says if it fails."""
     process = await asyncio.create_subprocess_exec(
         program,
         "--format=custom",
         "--no-password",
-        # An owner who changes a table should not wait for long.
+        # While pg_dump waits for a table that an owner is altering, its locks on the
+        # others hold that owner up, too.
         "--lock-wait-timeout=60s",
         f"--file={path}",
         env=os.environ | environment_of(url),
@@ -110,8 +118,8 @@ def lower_priority() -> None:
 
 
 def environment_of(url: str) -> dict[str, str]:
-    """What libpq is to know of a URL: arguments would show the password to every
-    user of the machine."""
+    """The parts of a URL as the PG variables that libpq reads: as arguments, every user
+    of the machine could see the password."""
     given = conninfo.conninfo_to_dict(url)
     variables = {}
     for option in Conninfo.get_defaults():
@@ -121,32 +129,32 @@ def environment_of(url: str) -> dict[str, str]:
     return variables
 
 
-def find_program(server: int) -> str:
-    """The pg_dump of a server's own version, or else of a newer one. Raises OSError.
+def find_pg_dump(major: int) -> str:
+    """The oldest pg_dump that can dump a server of this version. Raises OSError.
 
-    What a newer one writes can be read by its own pg_restore alone."""
+    A pg_restore that is older than that pg_dump may not read the backup."""
     candidates = [
         str(local_postgres.programs() / "pg_dump"),
-        DEBIAN.format(major=server),
+        DEBIAN.format(major=major),
         shutil.which("pg_dump"),
     ]
-    # By version.
-    fitting = {}
+    by_version: dict[int, str] = {}
     for program in candidates:
         if program is None or not Path(program).exists():
             continue
-        version = version_of(program)
-        if version >= server:
-            fitting[version] = program
-    if not fitting:
-        raise OSError(f"it needs pg_dump of PostgreSQL {server}, or of a later one")
-    return fitting[min(fitting)]
+        version = major_version_of(program)
+        if version >= major:
+            by_version.setdefault(version, program)
+    if not by_version:
+        raise OSError(f"it needs pg_dump of PostgreSQL {major}, or of a later one")
+    return by_version[min(by_version)]
 
 
-def version_of(program: str) -> int:
+def major_version_of(program: str) -> int:
+    """Return 0, which is too old, if the program does not say."""
+    process = subprocess.run([program, "--version"], capture_output=True, text=True)
     # pg_dump (PostgreSQL) 18.6
-    said = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
-    version = re.search(r"\d+", said)
+    version = re.search(r"\d+", process.stdout)
     if version is None:
         return 0
     return int(version[0])
@@ -155,6 +163,6 @@ def version_of(program: str) -> int:
 def delete_old(folder: Path) -> int:
     """Delete all backups but the newest ones. Returns how many there are."""
     backups = sorted(path for path in folder.iterdir() if NAME.fullmatch(path.name))
-    for path in backups[:-KEPT]:
+    for path in backups[:-MAX_BACKUPS]:
         path.unlink()
-    return min(len(backups), KEPT)
+    return min(len(backups), MAX_BACKUPS)

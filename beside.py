@@ -53,16 +53,17 @@ async def start_server(
     """Start the embedded server; return None if a collector is about to start it."""
     outbox = Outbox(data_dir)
     try:
-        if not may_start(outbox):
+        if not claim(outbox):
             return None
         return await local_postgres.start(folder)
     finally:
+        # A collector that starts from now on must get the folder. It ends our server.
         outbox.close()
 
 
 async def wait_for_collector(folder: Path) -> None:
-    """Wait until the server that a collector starts takes connections, or for as long
-    as that may take."""
+    """Wait until the server that a collector starts takes connections. After
+    START_TIMEOUT give up: whoever connects then says why it failed."""
     end = time.monotonic() + local_postgres.START_TIMEOUT
     while time.monotonic() < end and not await takes_connections(folder):
         await asyncio.sleep(0.2)
@@ -77,9 +78,11 @@ async def takes_connections(folder: Path) -> bool:
     return True
 
 
-def may_start(outbox: Outbox) -> bool:
-    """Whether no collector has the folder, and so is about to start its server."""
-    # If it doesn't exist, don't create it: it would belong to whoever runs the command.
+def claim(outbox: Outbox) -> bool:
+    """Lock DATA_DIR. Returns False if a collector has it, whose server takes no
+    connections yet."""
+    # If the file doesn't exist, don't create it: it would belong to whoever runs the
+    # command. Then no collector has run here, either.
     if outbox.path.exists():
         try:
             outbox.claim()

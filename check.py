@@ -15,23 +15,28 @@ from settings import Settings, links, page_token
 from version import VERSION
 
 CHECK_TIMEOUT = 60.0
-# What is made from a shorter token tells it to a machine that tries them all.
-SAFE_TOKEN = 20
-# Seconds.
+# The link of one device holds a hash of the page's token. From the hash of a shorter
+# one, whoever has that link could find the token by trying.
+MIN_TOKEN_LENGTH = 20
+# In seconds.
 DAY = 86_400
+QUARTER = 900
 SIZES = """
     SELECT
         coalesce(
-            -- NULL if it has no partitions.
+            -- The sum is NULL if power_logs is not partitioned.
             (SELECT sum(pg_total_relation_size(relid))
              FROM pg_partition_tree('power_logs')),
-            pg_total_relation_size('power_logs'))::bigint,
-        coalesce(pg_total_relation_size(to_regclass('power_quarters')), 0),
-        count(*),
-        count(*) FILTER (WHERE timestamp > now() - interval '1 day'),
+            pg_total_relation_size('power_logs'))::bigint AS rows_bytes,
+        coalesce(pg_total_relation_size(to_regclass('power_quarters')), 0)
+            AS quarters_bytes,
+        count(*) AS rows,
+        count(*) FILTER (WHERE timestamp > now() - interval '1 day')
+            AS rows_of_last_day,
+        -- An owner's row may have the time infinity.
         coalesce(date_part('epoch',
             max(timestamp) FILTER (WHERE isfinite(timestamp))
-            - min(timestamp) FILTER (WHERE isfinite(timestamp))), 0)
+            - min(timestamp) FILTER (WHERE isfinite(timestamp))), 0) AS span_s
     FROM power_logs
 """
 
@@ -79,7 +84,7 @@ def print_device_link(settings: Settings, device: str) -> int:
     if token == "":
         print("There is no token yet: the collector makes one when it starts.")
         return 1
-    if len(token) < SAFE_TOKEN:
+    if len(token) < MIN_TOKEN_LENGTH:
         print(
             "DASHBOARD_TOKEN is too short: whoever has the link of a device could find"
             " it by trying. Make one with: openssl rand -hex 16"
@@ -118,21 +123,21 @@ def shown_database_url(url: str | None) -> str:
 
 
 async def print_database(settings: Settings) -> None:
-    """Raises DATABASE_ERRORS."""
+    """Print what the database holds, or that there is none yet. Raises
+    DATABASE_ERRORS."""
     try:
         async with reachable(settings) as conninfo:
             conn = await database.connect(conninfo)
-            await print_rows(conn, settings.retention_days)
+            await print_table(conn, settings)
     except NoDatabase as exc:
         print(exc)
 
 
-async def print_rows(
-    conn: psycopg.AsyncConnection[Any], retention_days: int | None
-) -> None:
+async def print_table(conn: psycopg.AsyncConnection[Any], settings: Settings) -> None:
+    """Print what power_logs holds, and what it takes."""
     async with conn, conn.transaction():
         await conn.execute(BEGIN_READING)
-        # To count the rows of a long table takes time.
+        # Counting the rows of a long table takes time; CHECK_TIMEOUT ends it.
         await conn.execute("SET LOCAL statement_timeout = 0")
         print(f"The database answers: PostgreSQL {conn.info.server_version // 10000}")
         table = await database.read_table(conn)
@@ -154,22 +159,26 @@ async def print_rows(
             at = utc(timestamp.timestamp())
             line = f"  {at}  {device_id}  {channel}  {apower_w:g} W  {name or ''}"
             print(line.rstrip())
-        print_sizes(sizes, retention_days)
+        print_sizes(sizes, settings)
 
 
-def print_sizes(sizes: Sizes, retention_days: int | None) -> None:
+def print_sizes(sizes: Sizes, settings: Settings) -> None:
     """Print what the tables take on disk, and what a year takes at the last day's
     rate."""
     print(
         f"On disk: {megabytes(sizes.rows_bytes)} for the rows,"
         f" {megabytes(sizes.quarters_bytes)} for their quarters of an hour."
     )
-    # In a small table, empty pages would count for too much.
-    if sizes.rows_of_last_day > 0 and sizes.span_s >= DAY:
-        # A quarter takes as much as a row, and stays when the row is deleted.
-        days = min(365, retention_days or 365) + 365 / 15
-        year_bytes = sizes.rows_of_last_day * days * sizes.rows_bytes / sizes.rows
-        print(f"At the rate of the last day, a year takes {megabytes(year_bytes)}.")
+    # Before there is a whole day, its rate is not known.
+    if sizes.rows_of_last_day == 0 or sizes.span_s < DAY:
+        return
+    rows = sizes.rows_of_last_day * 365
+    # A quarter takes as much as a row, and stays when its rows are deleted.
+    quarters = rows / max(1.0, QUARTER / settings.throttle_interval_seconds)
+    if settings.retention_days is not None:
+        rows = sizes.rows_of_last_day * min(365, settings.retention_days)
+    year_bytes = (rows + quarters) * sizes.rows_bytes / sizes.rows
+    print(f"At the rate of the last day, a year takes {megabytes(year_bytes)}.")
 
 
 def megabytes(size: float) -> str:

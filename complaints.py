@@ -8,24 +8,24 @@ log = logging.getLogger("shelly_collector")
 
 # Warnings per minute, each about something different.
 MAX_COMPLAINTS = 500
-# Warnings that are logged only once.
+# How many of the warnings that are logged only once are remembered.
 MAX_LOGGED_ONCE = 1_000
 
 
 class Complaints:
     def __init__(self) -> None:
         # What this minute's warnings were about.
-        self.about: set[str] = set()
+        self.subjects: set[str] = set()
         # The number of that minute (monotonic).
         self.minute = 0.0
         # The warnings that are logged only once.
         self.logged_once: set[str] = set()
 
-    def log(self, about: str, text: str, *values: object) -> bool:
+    def log(self, subject: str, text: str, *values: object) -> bool:
         """Log a warning, unless this minute had one about the same thing, or too many.
 
         Returns whether it was logged."""
-        logged = self.admit(about)
+        logged = self.admit(subject)
         if logged:
             log.warning(text, *values)
         return logged
@@ -38,14 +38,14 @@ class Complaints:
         if self.log(text, "%s", text):
             self.logged_once.add(text)
 
-    def admit(self, about: str) -> bool:
+    def admit(self, subject: str) -> bool:
         """Count a warning for this minute. Returns False if it must not be logged:
         there was one about the same thing, or there were too many."""
         minute = time.monotonic() // 60
         if minute != self.minute:
             self.minute = minute
-            self.about.clear()
-        if about in self.about or len(self.about) >= MAX_COMPLAINTS:
+            self.subjects.clear()
+        if subject in self.subjects or len(self.subjects) >= MAX_COMPLAINTS:
             return False
-        self.about.add(about)
+        self.subjects.add(subject)
         return True

@@ -112,13 +112,14 @@ class Table(NamedTuple):
     has_unique_rule: bool
 
 
-# A network that is only down says "Temporary failure in name resolution".
+# In the words of glibc and macOS, and of musl. A network that is only down says
+# "Temporary failure in name resolution".
 UNKNOWN_HOST = re.compile(
-    r"failed to resolve host '(.*)': .*(not known|does not resolve)", re.DOTALL
+    r"failed to resolve host '(.*)': .*(not known|does not resolve)"
 )
-# Only another DATABASE_URL can help, or a change on the server.
-REFUSED = re.compile(
-    r"invalid \S+ value|FATAL: +(password authentication failed|no pg_hba.conf entry"
+# Waiting does not help: DATABASE_URL must change, or something on the server.
+NEEDS_OWNER = re.compile(
+    r"invalid \S+ value|FATAL: (password authentication failed|no pg_hba.conf entry"
     r"|(role|database) .* does not exist)"
 )
 
@@ -130,7 +131,7 @@ def outage_line(exc: BaseException) -> str:
     if unknown_host is not None:
         host = unknown_host[1]
         return f"DATABASE_URL: there is no host {host!r}; rows wait until there is"
-    if REFUSED.search(reason):
+    if NEEDS_OWNER.search(reason):
         return f"DATABASE_URL does not work, rows wait until it does: {reason}"
     return f"database unreachable, rows wait until it is back: {reason}"
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from complaints import Complaints
 
-# As many are kept for the page.
+# The page and /data/refused show this many at most.
 MAX_REFUSALS = 20
 # The log's line for each reason.
 LINES = {
@@ -23,7 +23,7 @@ class Refusal(NamedTuple):
     address: str
     # A key of LINES.
     reason: str
-    # Of the URL, without its query.
+    # The URL's, without its query and without a token; "" unless it is the reason.
     path: str
 
 
@@ -31,18 +31,18 @@ class Refusals:
     def __init__(self, complaints: Complaints) -> None:
         self.complaints = complaints
         # By address and reason, the oldest first.
-        self.last: dict[tuple[str, str], Refusal] = {}
+        self.recent: dict[tuple[str, str], Refusal] = {}
 
     def note(self, address: str, reason: str, path: str = "") -> None:
-        """Keep a refusal, and log it: at most once a minute for an address and a
+        """Keep a refusal. Log it, too, but only once a minute for the same address and
         reason."""
         line = LINES[reason].format(address=address, path=path)
         self.complaints.log(f"{address} {reason}", "%s", line)
         key = (address, reason)
-        self.last.pop(key, None)
-        self.last[key] = Refusal(time.time(), address, reason, path)
-        if len(self.last) > MAX_REFUSALS:
-            del self.last[next(iter(self.last))]
+        self.recent.pop(key, None)
+        self.recent[key] = Refusal(time.time(), address, reason, path)
+        if len(self.recent) > MAX_REFUSALS:
+            del self.recent[next(iter(self.recent))]
 
     def newest_first(self) -> list[Refusal]:
-        return [*reversed(self.last.values())]
+        return [*reversed(self.recent.values())]

@@ -267,16 +267,18 @@ def read_env_file(path: Path) -> dict[str, str | None]:
 
 
 def unknown_names(env_file: Mapping[str, str | None]) -> list[str]:
-    """A line for each name that is not a setting, with the one that may be meant."""
+    """What the log says of each name that is not a setting, with the one that may be
+    meant."""
     lines = []
     for name, value in env_file.items():
         if name in READERS:
             continue
         if value is None or not re.fullmatch(r"[A-Za-z_]\w*", name):
-            # It may be a secret, on a line of its own.
+            # Don't show it: it may be the rest of a secret that was broken in two.
             lines.append("a line is not a setting: it must be NAME=value")
             continue
         line = f"{name} is not a setting"
+        # At 0.6 there is no word for PRICE; at 0.5 HISTORY is taken for HOST.
         similar = difflib.get_close_matches(name.upper(), READERS, n=1, cutoff=0.55)
         if similar:
             line += f"; is {similar[0]} meant?"
@@ -330,7 +332,8 @@ def own_address() -> str:
 def page_token(settings: Settings, make: bool) -> str:
     """The secret of the page's link: the owner's own, or the one kept in DATA_DIR.
 
-    If that is missing or cut off, `make` creates one; otherwise it may be empty."""
+    If that is missing or cut off, `make` puts a new one in its place. Without `make`,
+    what is there is returned, "" if there is nothing."""
     if settings.dashboard_token:
         return settings.dashboard_token
     path = Path(settings.data_dir, "dashboard-token")

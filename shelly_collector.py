@@ -78,7 +78,7 @@ from asking import (
     Requests,
     moment_of,
 )
-from backup import KEPT, backup
+from backup import MAX_BACKUPS, backup
 from check import check, print_device_link
 from complaints import Complaints
 from database import CONNECTION, DATABASE_ERRORS, one_line, refuses_row, utc, within
@@ -99,7 +99,7 @@ from settings import (
     read_settings,
     unknown_names,
 )
-from silence import NewestRow, follow_newest_rows
+from silence import DAY, NewestRow, follow_newest_rows
 from upkeep import Configs, maintain_table
 from version import VERSION
 
@@ -1131,10 +1131,10 @@ def query_pool(collector: Collector) -> AsyncConnectionPool | None:
 
 
 class DeviceConnection(ServerConnection):
-    """A device's connection, which takes a whole text message as it arrives: recv()
-    would cost a quarter more processor time in all."""
+    """A device's connection. Each text message goes to `take` as it arrives: with
+    recv(), a frame would cost a quarter more processor time."""
 
-    # Its address, and then its first device.
+    # What the log calls it: its address until a frame names the device.
     name = ""
     devices: set[str]
     requests: Requests
@@ -1148,7 +1148,8 @@ class DeviceConnection(ServerConnection):
         self.refusals = refusals
 
     def data_received(self, data: bytes) -> None:
-        # TLS begins with these two bytes; websockets would wait for a line of HTTP.
+        # TLS begins with these two bytes: the device speaks wss:// to our ws:// port.
+        # websockets would wait for a line of HTTP. After that, there is a request.
         if self.request is None and data.startswith(b"\x16\x03"):
             if self.refusals is not None:
                 self.refusals.note(address_of(self), "tls")
@@ -1204,8 +1205,11 @@ def why_left(link: DeviceConnection) -> str:
     if close is None:
         return "the connection broke"
     if close.code == CloseCode.INTERNAL_ERROR:
+        # websockets says so when a ping got no answer.
         return "it no longer answers"
-    return f"the collector closed it, {close.reason or close.code}"
+    if close.reason == "":
+        return f"the collector closed it, {close.code}"
+    return f"the collector closed it, {close.reason}"
 
 
 def take_message(
@@ -1308,7 +1312,7 @@ def address_of(connection: ServerConnection) -> str:
 
 # ---- HTTP: health, who may connect, and the owner's questions ----
 
-SECONDS = "[0-9]{1,9}"
+SECONDS_PATTERN = "[0-9]{1,9}"
 # Channels that /health names.
 MAX_NAMED = 100
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -1333,32 +1337,36 @@ async def route(
     path, _, query = request.path.partition("?")
     if path == "/ws":
         return admit(collector, connection, request)
+    not_found = connection.respond(404, "Not found: devices connect to /ws.\n")
     if is_upgrade(request):
         shown_path = shown_without_tokens(collector, path)
         collector.refusals.note(address_of(connection), "path", shown_path)
-    elif request.method in ("GET", "HEAD"):
-        devices = len(connection.server.connections)
-        if path == "/health":
-            nonsense = nonsense_of_health(query)
-            if nonsense is not None:
-                return connection.respond(400, f"{nonsense}\n")
-        if path in ("/", "/health"):
-            status, text = health(collector, devices, query)
-            return connection.respond(status, text)
-        if path == "/metrics":
-            response = connection.respond(200, metrics(collector, devices))
-            del response.headers["Content-Type"]
-            response.headers["Content-Type"] = METRICS_TYPE
-            return response
-        if path == "/dashboard" or path.startswith(("/page/", "/data")):
-            return await respond(
-                request,
-                collector.settings,
-                collector.page_token,
-                query_pool(collector),
-                collector.refusals,
-            )
-    return connection.respond(404, "Not found: devices connect to /ws.\n")
+        return not_found
+    if request.method not in ("GET", "HEAD"):
+        return not_found
+    devices = len(connection.server.connections)
+    if path == "/health":
+        error = error_in_health_query(query)
+        if error is not None:
+            return connection.respond(400, f"{error}\n")
+    if path in ("/", "/health"):
+        status, text = health(collector, devices, query)
+        return connection.respond(status, text)
+    if path == "/metrics":
+        response = connection.respond(200, metrics(collector, devices))
+        # Otherwise there would be two of them.
+        del response.headers["Content-Type"]
+        response.headers["Content-Type"] = METRICS_TYPE
+        return response
+    if path == "/dashboard" or path.startswith(("/page/", "/data")):
+        return await respond(
+            request,
+            collector.settings,
+            collector.page_token,
+            query_pool(collector),
+            collector.refusals,
+        )
+    return not_found
 
 
 def admit(
@@ -1386,12 +1394,14 @@ def admit(
 
 
 def shown_without_tokens(collector: Collector, path: str) -> str:
-    """A path as it may be shown: a token may be in it, behind a & in place of the ?."""
+    """A path as log and page may show it. A token may be a part of it (/ws/TOKEN), or
+    come behind a & in place of the ?, where the path is cut off."""
     shown = unquote(path)
     for token in (collector.settings.collector_token, collector.page_token):
         if token:
             shown = shown.replace(token, "…")
     harmless = re.match(r"[\w/.…-]{0,60}", shown)
+    # The pattern also matches nothing.
     assert harmless is not None
     if harmless[0] != shown:
         return f"{harmless[0]}…"
@@ -1406,8 +1416,8 @@ def health(collector: Collector, devices: int, query: str) -> tuple[int, str]:
     """Status and text: how things stand; with silent=SECONDS, 503 if a channel is
     silent for longer.
 
-    Anybody may ask, so it tells no reasons, and names only to whoever has the page's
-    token."""
+    Anybody may ask, so it does not say why the database is away, and names channels
+    only to whoever has the page's token."""
     last_write = "never"
     if collector.last_write is not None:
         last_write = utc(collector.last_write)
@@ -1423,22 +1433,24 @@ def health(collector: Collector, devices: int, query: str) -> tuple[int, str]:
     ]
     status = 200
     seconds = dict(parse_qsl(query)).get("silent", "")
-    if re.fullmatch(SECONDS, seconds):
+    # / takes anything, so that the check of a platform never fails by its parameters.
+    if re.fullmatch(SECONDS_PATTERN, seconds):
         count = count_silent(collector, int(seconds))
         if count > 0:
             status = 503
             lines.append(f"channels silent: {count}")
             if has_token(query, collector.page_token):
-                lines += named_silent(collector, int(seconds))
+                silent = silent_channels(collector, int(seconds))
+                lines += [silent_line(channel) for channel in silent[:MAX_NAMED]]
     return status, "\n".join(lines) + "\n"
 
 
-def nonsense_of_health(query: str) -> str | None:
-    """What makes no sense in the query of /health, None if all does."""
+def error_in_health_query(query: str) -> str | None:
+    """What makes no sense in the query of /health; None if everything does."""
     for name, text in parse_qsl(query, keep_blank_values=True):
         if name not in ("silent", "token"):
             return f"{name} is no parameter of /health, which takes silent=SECONDS"
-        if name == "silent" and not re.fullmatch(SECONDS, text):
+        if name == "silent" and not re.fullmatch(SECONDS_PATTERN, text):
             return "silent makes no sense: it is a number of seconds"
     return None
 
@@ -1459,10 +1471,12 @@ def silent_channels(collector: Collector, seconds: int) -> list[Channel]:
     now = time.time()
     silent = []
     for channel in collector.channels.values():
-        if channel.gone or not seconds < now - last_sign(channel) < 86_400:
+        age_s = now - last_sign(channel)
+        if channel.gone or age_s <= seconds or age_s >= DAY:
             continue
-        # While the database is away, nothing is known of another collector's channels.
-        if collector.failures and channel.newest_row > channel.heard:
+        # While the database is away, another collector may hear it and write no row.
+        is_known_by_row = channel.newest_row > channel.heard
+        if is_known_by_row and collector.failures > 0:
             continue
         silent.append(channel)
     return silent
@@ -1472,12 +1486,9 @@ def count_silent(collector: Collector, seconds: int) -> int:
     return len(silent_channels(collector, seconds))
 
 
-def named_silent(collector: Collector, seconds: int) -> list[str]:
-    """A line for each silent channel, of MAX_NAMED at most."""
-    return [
-        f"silent since {utc(last_sign(channel))}: {channel.device_id} {channel.key}"
-        for channel in silent_channels(collector, seconds)[:MAX_NAMED]
-    ]
+def silent_line(channel: Channel) -> str:
+    since = utc(last_sign(channel))
+    return f"silent since {since}: {channel.device_id} {channel.key}"
 
 
 def last_sign(channel: Channel) -> float:
@@ -1486,12 +1497,13 @@ def last_sign(channel: Channel) -> float:
 
 
 def note_newest_row(collector: Collector, row: NewestRow) -> None:
-    """Note a channel's newest row in the table. From the start on, a channel that has
-    one is expected."""
+    """Note a channel's newest row in the table. A channel that has one is expected,
+    even if it has not been heard since the start."""
     channel = collector.channels.get(row.device_id + row.channel)
     if channel is None:
-        is_kept = row.channel in collector.channel_keys
-        if not is_kept or len(collector.channels) >= MAX_CHANNELS:
+        # CHANNELS may leave it out.
+        is_collected = row.channel in collector.channel_keys
+        if not is_collected or len(collector.channels) >= MAX_CHANNELS:
             return
         channel = Channel(row.device_id, row.channel)
         remember(collector, channel)
@@ -1606,7 +1618,7 @@ async def run(settings: Settings) -> int:
             partial(handle_device, collector),
             settings.host,
             settings.port,
-            # It is called as a class would be.
+            # websockets only calls it, so it need not be a class.
             create_connection=partial(  # type: ignore[arg-type]
                 DeviceConnection, refusals=collector.refusals
             ),
@@ -1708,7 +1720,7 @@ def count_pending(collector: Collector) -> int:
 
 
 def read_arguments() -> argparse.Namespace:
-    """Raises SystemExit, with status 2 if the arguments make no sense."""
+    """The command line's. Raises SystemExit, with status 2 if they make no sense."""
     parser = argparse.ArgumentParser(
         description="Keeps one row per metered channel per minute in PostgreSQL.",
         epilog="Settings come from the environment or .env; see .env.example.",
@@ -1728,7 +1740,7 @@ def read_arguments() -> argparse.Namespace:
         "--backup",
         metavar="FOLDER",
         type=Path,
-        help=f"write the whole database into a file there; the newest {KEPT} are kept",
+        help=f"write the whole database into a new file in it; {MAX_BACKUPS} are kept",
     )
     commands.add_argument(
         "--version", action="version", version=f"Shelly collector {VERSION}"
@@ -1737,8 +1749,8 @@ def read_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """The command line. Returns the exit status: 0 stopped or all is well, 1 failed, 2
-    a setting makes no sense."""
+    """Returns the exit status of a command: 0 for success, 1 for a failure, 2 for a
+    setting or an argument that makes no sense."""
     arguments = read_arguments()
     try:
         env_file = read_env_file(Path(".env"))

@@ -1,6 +1,6 @@
-"""When the table got the newest row of each channel: also of channels that were silent
-since the start, and of devices that another collector serves. The entry points are
-`NewestRow` and `follow_newest_rows`."""
+"""The newest row of each channel in the table, from which /health knows what to expect:
+also a channel that has been silent since the start, and a device that another collector
+serves. The entry points are `NewestRow` and `follow_newest_rows`."""
 
 import asyncio
 import time
@@ -16,20 +16,21 @@ from upkeep import GetPool
 
 # Times are seconds. A database that takes longer counts as away.
 ANSWER_TIMEOUT = 5.0
-# How often to read what is new, and to look whether the database is there.
+# From one read to the next.
 PAUSE = 60.0
+# How often to look for the database while it is away.
 RETRY = 2.0
 # A channel without a row for longer is not expected any more.
 DAY = 86_400.0
 ROWS_AT_A_TIME = 1_000
 
-# Steps through an index, from channel to channel.
-ALL_CHANNELS = """
+# Steps through an index, from channel to channel, so a long time costs no more.
+NEWEST_OF_DAY = """
     SELECT device_id, channel, date_part('epoch', timestamp) FROM newest_rows()
     WHERE timestamp BETWEEN to_timestamp(%s) AND to_timestamp(%s)
 """
-# Reads all rows of the time.
-NEW_ROWS = """
+# Reads every row of the time.
+NEWEST_SINCE = """
     SELECT device_id, channel, date_part('epoch', max(timestamp)) FROM power_logs
     WHERE timestamp BETWEEN to_timestamp(%s) AND to_timestamp(%s)
     GROUP BY device_id, channel
@@ -51,7 +52,8 @@ async def follow_newest_rows(
 ) -> None:
     """Call `note` with the newest row of each channel of the last day, and from then on
     with those that are new."""
-    # A row is written up to an interval after its timestamp, or a minute.
+    # A row bears the start of its interval and is written up to an interval later, or a
+    # minute if that is longer.
     overlap_s = 2 * max(60.0, interval_s)
     # None before the first time.
     read_at = None
@@ -66,7 +68,8 @@ async def follow_newest_rows(
                 await within(ANSWER_TIMEOUT, read_last_day(pool, now, note))
             else:
                 since = read_at - overlap_s
-                await within(ANSWER_TIMEOUT, read(pool, NEW_ROWS, since, now, note))
+                reading = read(pool, NEWEST_SINCE, since, now, note)
+                await within(ANSWER_TIMEOUT, reading)
             read_at = now
         except DATABASE_ERRORS as exc:
             complaints.log("newest", "the newest rows are not read: %s", one_line(exc))
@@ -75,10 +78,10 @@ async def follow_newest_rows(
 
 async def read_last_day(pool: AsyncConnectionPool[Any], now: float, note: Note) -> None:
     try:
-        await read(pool, ALL_CHANNELS, now - DAY, now, note)
+        await read(pool, NEWEST_OF_DAY, now - DAY, now, note)
     except psycopg.errors.UndefinedFunction:
-        # schema.sql could not be applied.
-        await read(pool, NEW_ROWS, now - DAY, now, note)
+        # schema.sql could not be applied, so newest_rows() is missing.
+        await read(pool, NEWEST_SINCE, now - DAY, now, note)
 
 
 async def read(

@@ -1,3 +1,3 @@
-"""The collector's version. Each has its paragraph in CHANGELOG.md."""
+"""The collector's version. Each version has its paragraph in CHANGELOG.md."""
 
 VERSION = "1.0"
