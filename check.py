@@ -1,6 +1,8 @@
 """`--check`: how things stand, also beside a running collector; `--link`: a link to one
 device's data."""
 
+import contextlib
+import sys
 from dataclasses import asdict
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -75,7 +77,7 @@ async def check(settings: Settings) -> int:
     return status
 
 
-def print_device_link(settings: Settings, device: str) -> int:
+async def print_device_link(settings: Settings, device: str) -> int:
     """Print the link that opens the data of one device. Returns the exit status."""
     token = page_token(settings, make=False)
     if device == "":
@@ -92,7 +94,23 @@ def print_device_link(settings: Settings, device: str) -> int:
         return 1
     of_device = quote(device_token(token, device), safe="")
     print(links(settings, page_token=of_device).page)
+    # The link works without the database, so it is not worth an error.
+    with contextlib.suppress(*DATABASE_ERRORS):
+        if not await within(CHECK_TIMEOUT, has_rows(settings, device)):
+            print(
+                f"There is no row of {device!r} yet; --check shows the devices.",
+                file=sys.stderr,
+            )
     return 0
+
+
+async def has_rows(settings: Settings, device: str) -> bool:
+    async with reachable(settings) as conninfo:
+        conn = await database.connect(conninfo)
+        async with conn:
+            query = "SELECT FROM power_logs WHERE device_id = %s LIMIT 1"
+            cursor = await conn.execute(query, [device])
+            return await cursor.fetchone() is not None
 
 
 def shown_settings(settings: Settings) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def channel_numbers(text: str) -> frozenset[int]:
 def log_level(text: str) -> str:
     level = text.upper()
     if level not in LOG_LEVELS:
-        raise nonsense(text, f"Invalid enum value {level!r}")
+        raise nonsense(text, f"it is one of {', '.join(LOG_LEVELS)}")
     return level
 
 

@@ -1590,17 +1590,20 @@ def log_startup(collector: Collector) -> None:
         )
     urls = links(settings, page_token=collector.page_token)
     # A token that the owner has set is never logged.
+    shown_by_check = "shelly_collector.py --check shows"
     if settings.collector_token is None:
         log.info("paste into the device: %s", urls.device)
     else:
-        text = (
-            "paste into the device: the URL that --check shows (COLLECTOR_TOKEN is set)"
-        )
-        log.info(text)
+        log.info("paste into the device: the URL that %s", shown_by_check)
     if settings.dashboard_token is None:
         log.info("look at: %s", urls.page)
     else:
-        log.info("look at: the link that --check shows (DASHBOARD_TOKEN is set)")
+        log.info("look at: the link that %s", shown_by_check)
+    if settings.retention_days is not None:
+        log.info(
+            "rows older than %d days are deleted (RETENTION_DAYS)",
+            settings.retention_days,
+        )
 
 
 async def run(settings: Settings) -> int:
@@ -1766,7 +1769,7 @@ def main() -> int:
     if arguments.backup is not None:
         return asyncio.run(backup(settings, arguments.backup))
     if arguments.link is not None:
-        return print_device_link(settings, arguments.link)
+        return asyncio.run(print_device_link(settings, arguments.link))
     if arguments.check:
         return asyncio.run(check(settings))
     return asyncio.run(run(settings))

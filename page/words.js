@@ -77,7 +77,8 @@ const WORDS = {
     resets: "counter resets",
 
     empty: "no rows yet: paste this into your Shelly, then reboot it",
-    emptyCheck: "no rows yet: paste the URL that --check shows into your Shelly, then reboot it",
+    emptyCheck:
+      "no rows yet: paste the URL that shelly_collector.py --check shows into your Shelly, then reboot it",
     emptyWhere: "On the Shelly's own page: Settings → Connectivity → Outbound WebSocket",
     wasHere: "# was here:",
     refused_path: "the URL lacks /ws",
@@ -94,7 +95,7 @@ const WORDS = {
     noAnswer: "the collector does not answer",
     busy: "the answer is late, asking again …",
     shown: "shown is what came at #",
-    token: "This link lacks the right token; --check shows the right one.",
+    token: "This link lacks the right token; shelly_collector.py --check shows the right one.",
     order: "the start must be before the end",
   },
   fr: {
@@ -170,7 +171,7 @@ const WORDS = {
 
     empty: "pas encore de mesures : copiez ceci dans votre Shelly, puis redémarrez-le",
     emptyCheck:
-      "pas encore de mesures : copiez dans votre Shelly l'adresse qu'affiche --check, puis redémarrez-le",
+      "pas encore de mesures : copiez dans votre Shelly l'adresse qu'affiche shelly_collector.py --check, puis redémarrez-le",
     emptyWhere: "Sur la page du Shelly : Settings → Connectivity → Outbound WebSocket",
     wasHere: "# s'est présenté :",
     refused_path: "il manque /ws dans l'adresse",
@@ -187,7 +188,7 @@ const WORDS = {
     noAnswer: "le collecteur ne répond pas",
     busy: "la réponse tarde, nouvel essai …",
     shown: "affiché : l'état de #",
-    token: "Ce lien n'a pas le bon jeton ; --check montre le bon.",
+    token: "Ce lien n'a pas le bon jeton ; shelly_collector.py --check montre le bon.",
     order: "le début doit être avant la fin",
   },
 };

@@ -746,7 +746,7 @@ async def test_before_the_first_row_it_says_who_was_refused_and_why(start, look)
     page = await look(running, own_clock=True)
     assert (
         await text(page, "#empty h2")
-        == "No rows yet: paste the URL that --check shows into your Shelly, then reboot it"
+        == "No rows yet: paste the URL that shelly_collector.py --check shows into your Shelly, then reboot it"
     )
     assert await page.locator("#url").is_hidden()
     for path in ("/", "/wss", "/ws"):
@@ -890,8 +890,8 @@ async def test_the_code_of_the_page_needs_no_token_and_holds_no_secret(start):
 
 async def test_with_a_wrong_token_the_page_says_so_and_nothing_else(running, browser):
     words = {
-        "en-GB": "This link lacks the right token; --check shows the right one.",
-        "fr-FR": "Ce lien n'a pas le bon jeton ; --check montre le bon.",
+        "en-GB": "This link lacks the right token; shelly_collector.py --check shows the right one.",
+        "fr-FR": "Ce lien n'a pas le bon jeton ; shelly_collector.py --check montre le bon.",
     }
     for locale, said in words.items():
         for query in ("?token=wrong", "?token=", ""):

@@ -1093,6 +1093,15 @@ async def test_a_link_that_would_give_the_token_away_or_opens_nothing_is_not_mad
     assert status == 2 and "needs the id" in out
 
 
+async def test_a_link_for_a_device_without_rows_says_so(database, tmp_path):
+    execute(database, (ROOT / "schema.sql").read_bytes())
+    status, out, err = await run_script(
+        tmp_path, "--link", "shelly-1", DATABASE_URL=database, DASHBOARD_TOKEN="x" * 32
+    )
+    assert status == 0 and out.count("\n") == 1
+    assert err == "There is no row of 'shelly-1' yet; --check shows the devices.\n"
+
+
 async def test_frames_that_a_filter_held_back_land_in_the_minute_they_came_in(make):
     collector, now = make(), 1_795_435_200.0
     minutes = [1440, 1439, 3, 0, -5]
@@ -1314,6 +1323,7 @@ async def test_rows_older_than_retention_go_but_none_when_the_clock_is_wrong(
     ).replace("(0, 29)", "(0, 5999)")
     execute(database, old)
     running = await collectors(DATABASE_URL=database, RETENTION_DAYS="30").ready()
+    assert "rows older than 30 days are deleted (RETENTION_DAYS)" in running.log
     seen = set()
 
     async def only_the_new_row_is_left():
