@@ -120,6 +120,8 @@ def shown_settings(settings: Settings) -> dict[str, Any]:
         if value is None:
             shown[name] = "none"
     shown["DATABASE_URL"] = shown_database_url(settings.database_url)
+    if settings.host is None:
+        shown["HOST"] = "all addresses"
     if settings.collector_token is not None:
         shown["COLLECTOR_TOKEN"] = "***"
     if settings.dashboard_token is not None:
@@ -171,11 +173,12 @@ async def print_table(conn: psycopg.AsyncConnection[Any], settings: Settings) ->
             return
         print(f"power_logs holds {sizes.rows} rows, the newest of each channel:")
         newest = await conn.execute(
-            "SELECT device_id, channel, name, timestamp, apower_w FROM newest_rows()"
+            "SELECT device_id, channel, concat_ws(' · ', device_name, name),"
+            " timestamp, apower_w FROM channels()"
         )
-        async for device_id, channel, name, timestamp, apower_w in newest:
+        async for device_id, channel, names, timestamp, apower_w in newest:
             at = utc(timestamp.timestamp())
-            line = f"  {at}  {device_id}  {channel}  {apower_w:g} W  {name or ''}"
+            line = f"  {at}  {device_id}  {channel}  {apower_w:g} W  {names}"
             print(line.rstrip())
         print_sizes(sizes, settings)
 

@@ -30,14 +30,13 @@ class Refusal(NamedTuple):
 class Refusals:
     def __init__(self, complaints: Complaints) -> None:
         self.complaints = complaints
-        # By address and reason, the oldest first.
+        # The last one of each address and reason, the oldest first.
         self.recent: dict[tuple[str, str], Refusal] = {}
 
     def note(self, address: str, reason: str, path: str = "") -> None:
-        """Keep a refusal. Log it, too, but only once a minute for the same address and
-        reason."""
+        """Keep a refusal. Log it, too, but the same line only once a minute."""
         line = LINES[reason].format(address=address, path=path)
-        self.complaints.log(f"{address} {reason}", "%s", line)
+        self.complaints.log(line, "%s", line)
         key = (address, reason)
         self.recent.pop(key, None)
         self.recent[key] = Refusal(time.time(), address, reason, path)

@@ -131,7 +131,7 @@ def price(text: str) -> str:
     # What follows the currency, such as /kWh, would be shown behind every cost.
     is_price = re.fullmatch(r"\d{1,9}([.,]\d{1,9})?\s*[^\d\s.,<&/]{0,12}", text)
     if not is_price or "kwh" in text.lower():
-        raise nonsense(text, "must be like 0.2516 EUR")
+        raise nonsense(text, "must be like 0.2516 EUR, without /kWh")
     return text
 
 
@@ -272,12 +272,13 @@ def unknown_names(env_file: Mapping[str, str | None]) -> list[str]:
     lines = []
     for name, value in env_file.items():
         if name in READERS:
-            continue
-        if value is None or not re.fullmatch(r"[A-Za-z_]\w*", name):
-            # Don't show it: it may be the rest of a secret that was broken in two.
-            lines.append("a line is not a setting: it must be NAME=value")
+            if value is None:
+                lines.append(f"{name} has no value: it must be {name}=value")
             continue
         line = f"{name} is not a setting"
+        if value is None or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            # Don't show it: it may be the rest of a secret that was broken in two.
+            line = "a line is not a setting: it must be NAME=value"
         # At 0.6 there is no word for PRICE; at 0.5 HISTORY is taken for HOST.
         similar = difflib.get_close_matches(name.upper(), READERS, n=1, cutoff=0.55)
         if similar:

@@ -1442,6 +1442,8 @@ def health(collector: Collector, devices: int, query: str) -> tuple[int, str]:
             if has_token(query, collector.page_token):
                 silent = silent_channels(collector, int(seconds))
                 lines += [silent_line(channel) for channel in silent[:MAX_NAMED]]
+            elif "token=" in query:
+                lines.append("This is not the page's token, so they are not named.")
     return status, "\n".join(lines) + "\n"
 
 
@@ -1577,9 +1579,10 @@ def claim_data_dir(collector: Collector) -> None:
 def log_startup(collector: Collector) -> None:
     """Log what an owner should know at the start."""
     settings = collector.settings
+    log.info("Shelly collector %s", VERSION)
     if settings.database_url is None:
-        folder = Path(settings.data_dir).absolute()
-        log.info("no DATABASE_URL: using an embedded PostgreSQL in %s", folder)
+        data_dir = Path(settings.data_dir).absolute()
+        log.info("no DATABASE_URL: using an embedded PostgreSQL in %s", data_dir)
     if len(collector.outbox) > 0:
         log.warning("%d rows of an earlier outage wait on disk", len(collector.outbox))
     is_local = settings.host in ("127.0.0.1", "::1", "localhost")
@@ -1632,7 +1635,7 @@ async def run(settings: Settings) -> int:
         host = settings.host or "all addresses"
         reason = str(exc)
         if isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE:
-            reason = "another program has it; set PORT to a free one"
+            reason = "it is taken. Does a collector run already? If not, set PORT"
         log.critical("cannot listen on %s, port %d: %s", host, settings.port, reason)
         return 1
     # Nothing has been awaited since, so no frame has come before DATA_DIR is ours.
@@ -1722,6 +1725,13 @@ def count_pending(collector: Collector) -> int:
     return sum(len(channel.pending) for channel in channels)
 
 
+def folder(text: str) -> Path:
+    """Raises argparse.ArgumentTypeError."""
+    if text == "":
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(text)
+
+
 def read_arguments() -> argparse.Namespace:
     """The command line's. Raises SystemExit, with status 2 if they make no sense."""
     parser = argparse.ArgumentParser(
@@ -1742,7 +1752,7 @@ def read_arguments() -> argparse.Namespace:
     commands.add_argument(
         "--backup",
         metavar="FOLDER",
-        type=Path,
+        type=folder,
         help=f"write the whole database into a new file in it; {MAX_BACKUPS} are kept",
     )
     commands.add_argument(

@@ -67,7 +67,7 @@ export function cost(wh) {
     return money.format(amount);
   }
   // Not the code of a currency, but a text such as "Rp." or "€".
-  return number(amount, 2, 2) + NBSP + settings.currency;
+  return `${number(amount, 2, 2)}${NBSP}${settings.currency}`.trim();
 }
 
 // "3.2 kWh", with what it cost where a price is set.

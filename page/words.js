@@ -95,7 +95,8 @@ const WORDS = {
     noAnswer: "the collector does not answer",
     busy: "the answer is late, asking again …",
     shown: "shown is what came at #",
-    token: "This link lacks the right token; shelly_collector.py --check shows the right one.",
+    token:
+      "This link lacks the right token. The collector's owner finds the right link with shelly_collector.py --check.",
     order: "the start must be before the end",
   },
   fr: {
@@ -188,7 +189,8 @@ const WORDS = {
     noAnswer: "le collecteur ne répond pas",
     busy: "la réponse tarde, nouvel essai …",
     shown: "affiché : l'état de #",
-    token: "Ce lien n'a pas le bon jeton ; shelly_collector.py --check montre le bon.",
+    token:
+      "Ce lien n'a pas le bon jeton. Le propriétaire du collecteur trouve le bon lien avec shelly_collector.py --check.",
     order: "le début doit être avant la fin",
   },
 };

@@ -890,8 +890,8 @@ async def test_the_code_of_the_page_needs_no_token_and_holds_no_secret(start):
 
 async def test_with_a_wrong_token_the_page_says_so_and_nothing_else(running, browser):
     words = {
-        "en-GB": "This link lacks the right token; shelly_collector.py --check shows the right one.",
-        "fr-FR": "Ce lien n'a pas le bon jeton ; shelly_collector.py --check montre le bon.",
+        "en-GB": "This link lacks the right token. The collector's owner finds the right link with shelly_collector.py --check.",
+        "fr-FR": "Ce lien n'a pas le bon jeton. Le propriétaire du collecteur trouve le bon lien avec shelly_collector.py --check.",
     }
     for locale, said in words.items():
         for query in ("?token=wrong", "?token=", ""):

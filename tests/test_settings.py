@@ -259,6 +259,7 @@ async def test_a_name_in_the_env_file_that_is_no_setting_is_named(tmp_path):
     (tmp_path / ".env").write_text(
         "COLECTOR_TOKEN=secret-pass\nMIN_POWER=10\nPRICE_PER_KWh=0.25 EUR\nZZZ=1\nPORT=1\n"
         "secret-pass\npostgresql://u:secret-pass@h/x?sslmode=require\n"
+        "COLLECTOR-TOKEN=secret-pass\nCHANNELS\n"
     )
     _, out, err = await run_script(tmp_path, "--check")
     assert [line.partition(" WARNING ")[2] for line in err.splitlines()] == [
@@ -267,6 +268,8 @@ async def test_a_name_in_the_env_file_that_is_no_setting_is_named(tmp_path):
         ".env: PRICE_PER_KWh is not a setting; is PRICE_PER_KWH meant?",
         ".env: ZZZ is not a setting",
         *[".env: a line is not a setting: it must be NAME=value"] * 2,
+        ".env: a line is not a setting: it must be NAME=value; is COLLECTOR_TOKEN meant?",
+        ".env: CHANNELS has no value: it must be CHANNELS=value",
     ]
     assert "secret-pass" not in out + err
 
