@@ -15,7 +15,7 @@ MAX_LOGGED_ONCE = 1_000
 class Complaints:
     def __init__(self) -> None:
         # What this minute's warnings were about.
-        self.subjects: set[str] = set()
+        self.about: set[str] = set()
         # The number of that minute (monotonic).
         self.minute = 0.0
         # The warnings that are logged only once.
@@ -44,8 +44,8 @@ class Complaints:
         minute = time.monotonic() // 60
         if minute != self.minute:
             self.minute = minute
-            self.subjects.clear()
-        if subject in self.subjects or len(self.subjects) >= MAX_COMPLAINTS:
+            self.about.clear()
+        if subject in self.about or len(self.about) >= MAX_COMPLAINTS:
             return False
-        self.subjects.add(subject)
+        self.about.add(subject)
         return True
