@@ -15,6 +15,7 @@
 //   from, to                the moments at its left and right ends
 //   buckets, step           rows of mean and maximum power, each for `step` ms from `row.bucket` on
 //   absences, runs          where buckets are missing, and when the channel ran
+//   shortGaps               where rows are missing, but no whole bucket
 //   until                   the end of the answer that it is drawn from: what is later is unknown
 //   range                   the lowest and the highest value, in W
 //   x(moment), y(watts)     where these lie, in pixels of the picture
@@ -37,7 +38,7 @@ import {
 } from "./axes.js";
 import { setAttributes, setText, svg } from "./dom.js";
 import { NBSP, NONE, clock, dayClock, duration, number, span, watts } from "./format.js";
-import { absences, bucketsOf, rowsOf } from "./model.js";
+import { absences, bucketsOf, gapsOf, rowsOf } from "./model.js";
 import { answerFor } from "./questions.js";
 import { settings } from "./settings.js";
 import { word } from "./words.js";
@@ -64,7 +65,7 @@ export function drawChart(strip, visible, width, ticks, height) {
   });
   strip.grid.replaceChildren(...levelShapes(plot), ...tickShapes(plot, ticks));
   strip.gaps.replaceChildren(...gapShapes(plot));
-  strip.lines.replaceChildren(...powerShapes(plot));
+  strip.lines.replaceChildren(...powerShapes(plot), ...shortGapShapes(plot));
   strip.runs.replaceChildren(...runShapes(plot));
 }
 
@@ -88,6 +89,7 @@ function covers(answer, visible) {
 function makePlot(channel, answer, visible, width, height) {
   const { from, to } = visible;
   const buckets = bucketsOf(answer, channel);
+  const missing = answer ? absences(channel, answer) : [];
   // This includes the whole period, so that the axis stays put while one zooms.
   const range = valueRange([...bucketsOf(answerFor("power"), channel), ...buckets]);
   const bottom = TOP + height;
@@ -107,7 +109,8 @@ function makePlot(channel, answer, visible, width, height) {
     to,
     buckets,
     step: answer ? answer.step : settings.rowLength,
-    absences: answer ? absences(channel, answer) : [],
+    absences: missing,
+    shortGaps: gapsOf(channel).filter((gap) => !missing.some((other) => overlap(gap, other))),
     runs: rowsOf(answerFor("cycles"), channel),
     until: answer?.until,
     range,
@@ -118,6 +121,10 @@ function makePlot(channel, answer, visible, width, height) {
     top: TOP,
     bottom,
   };
+}
+
+function overlap(one, other) {
+  return one.from < other.to && other.from < one.to;
 }
 
 // From 0, or from below where power flows back.
@@ -180,6 +187,21 @@ function gapShapes(plot) {
   return shapes;
 }
 
+const NARROWEST = 3; // pixels
+
+// Gaps that no bucket shows, since it has other rows. They stand before the line.
+function shortGapShapes(plot) {
+  const shapes = [];
+  for (const gap of plot.shortGaps) {
+    if (!overlap(gap, plot)) continue;
+    const x = plot.x(gap.from);
+    const width = Math.max(NARROWEST, pixels(plot.x(gap.to) - x));
+    shapes.push(rectangle("blank", x, plot.top, width, plot.height));
+    shapes.push(rectangle("gap", x, plot.top, width, plot.height));
+  }
+  return shapes;
+}
+
 // The paths are in SVG's language: M moves to a point, H and V draw to an x and a y, Z closes.
 function powerShapes(plot) {
   let mean = "";
@@ -231,7 +253,7 @@ export function readout(strip, t, inFull) {
   let value = "…";
   let when = dayClock(t);
   if (row) {
-    value = inFull ? powerText(row) : watts(row.mean_w);
+    value = inFull ? powerText(row) + shortGapText(row, plot) : watts(row.mean_w);
     when = bucketTime(row, plot);
   } else if (absence) {
     value = absenceText(absence, channel, plot);
@@ -245,6 +267,13 @@ function powerText(row) {
   const text = `${word("mean")} ${watts(row.mean_w)}`;
   if (row.max_w == null) return text;
   return `${text} · ${word("maximum")} ${watts(row.max_w)}`;
+}
+
+// "no data for 5 min" somewhere in the bucket.
+function shortGapText(row, plot) {
+  const bucket = { from: row.bucket, to: row.bucket + plot.step };
+  const gap = plot.shortGaps.find((one) => overlap(one, bucket));
+  return gap ? ` · ${word("noData", duration(gap.to - gap.from))}` : "";
 }
 
 function bucketTime(row, plot) {

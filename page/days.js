@@ -1,31 +1,38 @@
-// Energy per day: a bar for each day, made up of its channels, and the same as a table.
+// Energy per day, or per month in a long period: a bar for each, made up of its channels, and the
+// same as a table. A click on a bar makes it the period.
 //
 // Exports `drawDays` and `listenToDays`.
 
 import { LEFT, RIGHT, label, levelLines, pixels, rectangle, valueTicks } from "./axes.js";
 import { byId, element, isOutdated, on, setAttributes, setText, svg } from "./dom.js";
 import { dayName, energyText, formatDate, hasPrice, kwh, number } from "./format.js";
-import { channels, directory, rowsOf, sum } from "./model.js";
-import { answerFor, isCurrent } from "./questions.js";
+import { channels, directory, gapsOf, rowsOf, sum } from "./model.js";
+import { answerOfPeriod, answers, barUnit, isCurrent } from "./questions.js";
+import { choosePeriod } from "./state.js";
 import { energyCells, tableHead, tableRow } from "./tables.js";
-import { dayKey, midnight } from "./time.js";
+import { dayKey, startOf } from "./time.js";
 import { word } from "./words.js";
 
 // From 0 to 1. The largest channel is the darkest.
 const SHADES = [1, 0.68, 0.44, 0.26, 0.12];
 
-// The days that are drawn: {t, wh, whByChannel}, t being the midnight, and wh null without rows.
+// The days, or months, that are drawn: {t, wh, whByChannel, hasGap}, t being when it began, and wh
+// null without rows.
 let days = [];
+let unit = "day";
 
 export function drawDays() {
   const box = byId("days");
   const width = box.clientWidth;
   byId("energy").classList.toggle("stale", !isCurrent("energy"));
-  const answer = answerFor("energy");
+  const answer = answerOfPeriod("energy");
   if (!answer || width === 0) return;
-  const lastDay = midnight(answer.until - 1);
+  unit = barUnit();
+  setText(byId("energytitle"), word(unit === "day" ? "perDay" : "perMonth"));
+  const lastDay = startOf(unit, answer.until - 1);
   const { signature } = directory();
-  if (!isOutdated(box, answer.version, answer.since, lastDay, width, signature)) return;
+  const gaps = answers.gaps?.version;
+  if (!isOutdated(box, answer.version, answer.since, lastDay, width, signature, gaps)) return;
 
   days = readDays(answer);
   const layers = makeLayers();
@@ -44,14 +51,17 @@ export function listenToDays() {
 function readDays(answer) {
   const list = [];
   const byKey = new Map();
-  for (let t = midnight(answer.since); t < answer.until; t = midnight(t, 1)) {
-    const day = { t, wh: null, whByChannel: new Map() };
+  const gaps = channels().flatMap(gapsOf);
+  for (let t = startOf(unit, answer.since); t < answer.until; t = startOf(unit, t, 1)) {
+    const end = startOf(unit, t, 1);
+    const hasGap = gaps.some((gap) => gap.from < end && gap.to > t);
+    const day = { t, wh: null, whByChannel: new Map(), hasGap };
     list.push(day);
     byKey.set(dayKey(t), day);
   }
   for (const channel of channels()) {
     for (const row of rowsOf(answer, channel)) {
-      const day = byKey.get(row.day);
+      const day = byKey.get(row[unit]);
       if (!day || row.energy_wh == null) continue;
       day.whByChannel.set(channel.key, row.energy_wh);
       day.wh = (day.wh ?? 0) + row.energy_wh;
@@ -92,10 +102,15 @@ function whOfLayer(day, layer) {
 function rangeText() {
   const first = days[0];
   const last = days.at(-1);
-  let period = dayName(first.t);
-  if (days.length > 1) period += ` – ${dayName(last.t)}, ${word("wholeDays")}`;
+  let period = nameOf(first);
+  const whole = word(unit === "day" ? "wholeDays" : "wholeMonths");
+  if (days.length > 1) period += ` – ${nameOf(last)}, ${whole}`;
   const total = energyText(sum(days, (day) => day.wh));
   return `${period} · ${word("total")} ${total}`;
+}
+
+function nameOf(day) {
+  return unit === "day" ? dayName(day.t) : formatDate("long_month", day.t);
 }
 
 // ---- The picture
@@ -105,7 +120,7 @@ const HIGHEST = 120; // and the height of the highest
 const AXIS = 24; // room below them, for the days
 const LABEL_ROOM = 52; // that a day's name takes
 const VALUE_ROOM = 34; // that a value takes
-const NAMED_EVERY = [1, 2, 7, 14, 28, 91, 365]; // days, as many as there is room for
+const NAMED_EVERY = [1, 2, 3, 7, 14, 28, 91, 365]; // as many as there is room for
 
 // Where day number `index` stands in the picture, and how high so many Wh are.
 function makeScale(width) {
@@ -138,7 +153,7 @@ function drawBars(picture, layers, width) {
   });
   setAttributes(picture, {
     height: BOTTOM + AXIS,
-    "aria-label": `${word("perDay")}, ${byId("energyrange").textContent}`,
+    "aria-label": `${byId("energytitle").textContent}, ${byId("energyrange").textContent}`,
   });
   picture.replaceChildren(...shapes);
 }
@@ -148,6 +163,7 @@ function barShapes(day, index, layers, scale) {
   const x = scale.barLeft(index);
   if (day.wh == null) return [rectangle("gap", x, BOTTOM - 24, barWidth, 24)];
   const shapes = [];
+  if (day.hasGap) shapes.push(rectangle("gap", x, BOTTOM + 1, barWidth, 4));
   let below = 0;
   layers.forEach((layer, shade) => {
     const wh = whOfLayer(day, layer);
@@ -169,20 +185,24 @@ function barPiece(x, y, width, height, shade) {
 }
 
 function dayLabel(day, index, scale) {
-  const style = scale.slot >= LABEL_ROOM ? "weekday" : "tick";
+  let style = scale.slot >= LABEL_ROOM ? "weekday" : "tick";
+  if (unit === "month") style = "month";
   const middle = scale.barLeft(index) + scale.barWidth / 2;
   return label(Math.min(middle, scale.width - 22), BOTTOM + 16, "middle", formatDate(style, day.t));
 }
 
 // Over the whole height, so that a mouse on it shows the day's values.
 function hoverShape(day, index, layers, scale) {
-  const lines = [`${dayName(day.t)} · ${day.wh == null ? word("noRows") : energyText(day.wh)}`];
+  const lines = [`${nameOf(day)} · ${day.wh == null ? word("noRows") : energyText(day.wh)}`];
+  if (day.hasGap) lines.push(word("hasGap"));
   for (const layer of layers) {
     const wh = whOfLayer(day, layer);
     if (wh > 0) lines.push(`${layer.name} · ${kwh(wh)} kWh`);
   }
   const shape = rectangle("whole", scale.left(index), 0, scale.slot, BOTTOM);
   shape.append(svg("title", {}, lines.join("\n")));
+  const period = { unit, at: day.t };
+  on(shape, "click", () => choosePeriod(period));
   return shape;
 }
 
@@ -202,14 +222,15 @@ function drawDayTable() {
   if (!byId("daytable").open) return;
   // One channel is its own total.
   const shown = channels().length > 1 ? channels() : [];
-  const titles = [word("day"), `${word("total")}, kWh`];
+  const titles = [word(unit), `${word("total")}, kWh`];
   if (hasPrice()) titles.push(word("cost"));
   for (const channel of shown) titles.push(channel.label);
 
   const rows = days.map((day) => {
     const ofChannels = shown.map((channel) => kwh(day.whByChannel.get(channel.key)));
-    return tableRow(dayName(day.t), [...energyCells(day.wh), ...ofChannels]);
+    return tableRow(nameOf(day), [...energyCells(day.wh), ...ofChannels]);
   });
   const table = element("table", {}, tableHead(titles), element("tbody", {}, ...rows));
+  byId("daysbox").setAttribute("aria-label", byId("energytitle").textContent);
   byId("daysbox").replaceChildren(table);
 }

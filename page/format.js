@@ -1,12 +1,13 @@
 // How numbers, costs, times and periods are written, in the reader's language and by his clock.
 //
 // Exports a function for each kind of thing: `number`, `watts`, `kwh`, `cost`, `energyText`,
-// `percent`; `clock`, `dayName`, `dayClock`, `moment`, `span`, `duration`, `formatDate`; `joined`,
-// `compareNames`. A value that is not there (null) is written as NONE.
+// `percent`, `change`; `clock`, `dayName`, `dayClock`, `moment`, `momentAt`, `span`, `duration`,
+// `formatDate`, `formatDates`; `joined`, `compareNames`. A value that is not there (null) is
+// written as NONE.
 
 import { settings } from "./settings.js";
 import { midnight, now, wallClock } from "./time.js";
-import { language, locale, word } from "./words.js";
+import { locale, word } from "./words.js";
 
 export const NONE = "–";
 export const NBSP = "\u00a0";
@@ -85,6 +86,14 @@ export function percent(share) {
   return number(Math.floor(value));
 }
 
+// "▲ 12 %": how much more or less than before. Null where there was nothing.
+export function change(value, before) {
+  if (value == null || !(before > 0)) return null;
+  const share = Math.round((value / before - 1) * 100);
+  const mark = share > 0 ? "▲ " : "▼ ";
+  return `${share === 0 ? "" : mark}${number(Math.abs(share))}${NBSP}%`;
+}
+
 // ---- Times
 
 const DATE_STYLES = {
@@ -93,19 +102,27 @@ const DATE_STYLES = {
   dayYear: { day: "numeric", month: "short", year: "numeric" },
   tick: { day: "numeric", month: "short" },
   month: { month: "short", year: "2-digit" },
+  month_alone: { month: "long" },
+  long_month: { month: "long", year: "numeric" },
+  long_year: { year: "numeric" },
 };
 
-export function formatDate(style, t) {
-  const format = formatter(style, () => new Intl.DateTimeFormat(locale, DATE_STYLES[style]));
-  return format.format(t);
+function dateFormatter(style) {
+  return formatter(style, () => new Intl.DateTimeFormat(locale, DATE_STYLES[style]));
 }
 
-// "07:05" in English, "7 h 05" in French.
+export function formatDate(style, t) {
+  return dateFormatter(style).format(t);
+}
+
+// "23 – 29 Nov 2026"
+export function formatDates(style, first, last) {
+  return dateFormatter(style).formatRange(first, last);
+}
+
+// "07:05" in French, too: "7 h 05" is a duration.
 export function clock(t) {
-  const wall = wallClock(t);
-  if (language !== "fr") return wall;
-  const [hours, minutes] = wall.split(":");
-  return `${Number(hours)}${NBSP}h${NBSP}${minutes}`;
+  return wallClock(t);
 }
 
 export function dayName(t) {
@@ -127,6 +144,14 @@ export function moment(t) {
   if (t >= midnight(now())) return clock(t);
   if (t >= midnight(now(), -1)) return `${word("yesterday")} ${clock(t)}`;
   return `${dayName(t)} ${clock(t)}`;
+}
+
+// The same after a word such as "off": "hier à 21:15" in French.
+export function momentAt(t) {
+  const time = word("atClock", clock(t));
+  if (t >= midnight(now())) return time;
+  if (t >= midnight(now(), -1)) return `${word("yesterday")} ${time}`;
+  return `${word("onDay", dayName(t))} ${time}`;
 }
 
 export function duration(ms) {

@@ -95,9 +95,10 @@ function endDrag(strip, event) {
   drawCursors();
 }
 
-// After a tap, the cursor stays until the next one.
+// After a tap, the cursor stays until the next one; one that a key has moved, until the focus goes.
 function leave(event) {
-  if (!pointer.drag && event.pointerType !== "touch") clearCursor();
+  if (pointer.drag || pointer.cursor?.byKeyboard) return;
+  if (event.pointerType !== "touch") clearCursor();
 }
 
 // ---- Keys

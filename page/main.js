@@ -3,20 +3,24 @@
 //
 // From bottom to top, no module knows a later one:
 //   time, words, settings, state   what is given and what is chosen
-//   dom, format, axes              how things are written and drawn
+//   dom, format, period, axes      how things are written and drawn
 //   questions, model               what is asked, and what the answers mean
-//   chart, gestures, tables, strips, days, empty   the sections of the page
+//   chart, gestures, tables, strips, days, gaps, empty   the sections of the page
 
 import { clearCursor, unzoom } from "./gestures.js";
 import { pointer } from "./chart.js";
 import { drawDays, listenToDays } from "./days.js";
 import { byId, element, isOutdated, on, setText } from "./dom.js";
 import { drawEmpty, listenToCopy } from "./empty.js";
-import { NBSP, clock, joined, span } from "./format.js";
-import { directory } from "./model.js";
+import { NBSP, clock, joined, moment, span } from "./format.js";
+import { drawGaps, listenToGaps } from "./gaps.js";
+import { channels, directory, silentChannels, silentSince } from "./model.js";
+import { drawArrows, listenToArrows, periodTitle } from "./period.js";
 import {
   address,
   answers,
+  barFrame,
+  barUnit,
   health,
   listenToAnswers,
   refresh,
@@ -26,8 +30,10 @@ import {
 } from "./questions.js";
 import { loadSettings, settings } from "./settings.js";
 import {
+  UNITS,
   choose,
   chooseLook,
+  choosePeriod,
   frame,
   localInput,
   onChoice,
@@ -39,7 +45,7 @@ import {
 } from "./state.js";
 import { drawStrips } from "./strips.js";
 import { drawCoverage, drawRuns, makeTables } from "./tables.js";
-import { iso, midnight, now, zone } from "./time.js";
+import { iso, now, zone } from "./time.js";
 import { useLanguage, word } from "./words.js";
 
 const SECTIONS = ["power", "energy", "runs", "coverage"];
@@ -102,6 +108,7 @@ function drawNow() {
   drawStrips();
   drawDays();
   drawRuns();
+  drawGaps();
   drawCoverage();
   drawLinks();
 }
@@ -120,10 +127,12 @@ function drawHeader() {
   byId("title").classList.toggle("hidden", hasSeveral);
   byId("device").hidden = !hasSeveral;
   drawDevices(devices);
+  let chosen = state.unit;
+  if (chosen === "" && state.from == null) chosen = String(state.days);
   for (const button of byId("periods").children) {
-    const isPressed = state.from == null && Number(button.value) === state.days;
-    button.setAttribute("aria-pressed", isPressed);
+    button.setAttribute("aria-pressed", button.value === chosen);
   }
+  drawArrows();
   for (const button of byId("languages").children) {
     button.setAttribute("aria-pressed", button.value === state.lang);
   }
@@ -131,11 +140,11 @@ function drawHeader() {
   setField("to", localInput(state.to));
   setField("floor", state.floor);
 
+  const title = periodTitle();
   const range = span(frame.since, frame.until);
-  const isFree = state.from != null;
-  const title = isFree ? range : word("last", state.days);
+  setText(byId("periodname"), title);
   setText(byId("period"), title);
-  setText(byId("range"), isFree ? "" : range);
+  setText(byId("range"), title === range ? "" : range);
   setText(byId("runsrange"), title);
   document.title = `${title} · ${name}`;
 
@@ -192,11 +201,24 @@ function drawHealth() {
   const texts = [];
   if (!health.database) texts.push(word("noAnswer"));
   else if (isAway) texts.push(word("away"));
-  else if (waiting === 0) texts.push(word("upToDate", clock(answers.channels?.at ?? now())));
+  else if (waiting === 0) texts.push(...sendingTexts());
   if (waiting > 0) texts.push(word("waiting", waiting));
   if (dropped > 0) texts.push(word("dropped", dropped));
-  byId("health").className = isAway || waiting > 0 ? "away" : "";
+  const isSilent = answers.channels != null && silentChannels().length > 0;
+  byId("health").className = isAway || waiting > 0 || isSilent ? "away" : "";
   setText(byId("health"), joined(texts));
+}
+
+// How many channels send, or which do not.
+function sendingTexts() {
+  const all = channels().length;
+  if (all === 0) return [];
+  const silent = silentChannels();
+  const at = clock(answers.channels.at);
+  if (silent.length === 0) return [word("send", `${all} ${word("outOf")} ${all}`), at];
+  const count = word("areSilent", `${silent.length} ${word("outOf")} ${all}`);
+  const since = Math.min(...silent.map(silentSince));
+  return [`${count}, ${word("since", moment(since))}`, at];
 }
 
 // The CSV files are those of what is chosen.
@@ -206,8 +228,8 @@ function drawLinks() {
   const runs = { since, until, min_power_w: state.floor };
   byId("runscsv").href = address("cycles.csv", runs);
   byId("runsexcel").href = address("cycles.csv", { ...runs, excel: 1, zone });
-  const wholeDays = { since: iso(midnight(frame.since)), until, zone };
-  byId("energycsv").href = address("energy.csv", wholeDays);
+  const bars = { since: iso(barFrame().since), until, zone };
+  byId("energycsv").href = address(barUnit() === "day" ? "energy.csv" : "months.csv", bars);
 }
 
 // ---- Words
@@ -230,22 +252,25 @@ function translate() {
   for (const cell of document.querySelectorAll("[data-word]")) {
     setText(cell.querySelector("button") || cell, word(cell.dataset.word));
   }
-  for (const button of byId("periods").children) {
-    const days = Number(button.value);
-    setText(button, days === 1 ? `24${NBSP}h` : word("days", days));
-  }
+  for (const button of byId("periods").children) setText(button, periodLabel(button.value));
+}
+
+function periodLabel(value) {
+  if (UNITS.includes(value)) return word(value);
+  return value === "1" ? `24${NBSP}h` : word("days", Number(value));
 }
 
 // ---- Controls
 
-const ALL = { from: null, to: null, zoom: null };
-
 function makePeriods() {
-  for (const days of settings.presets) {
-    const button = element("button", { value: days });
-    on(button, "click", () => choose({ ...ALL, days }));
-    byId("periods").append(button);
-  }
+  for (const unit of UNITS) addPeriod(unit, { unit });
+  for (const days of new Set([1, settings.defaultDays])) addPeriod(days, { days });
+}
+
+function addPeriod(value, period) {
+  const button = element("button", { value });
+  on(button, "click", () => choosePeriod(period));
+  byId("periods").append(button);
 }
 
 function listenToControls() {
@@ -264,7 +289,14 @@ function listenToControls() {
     if (!event.target.closest(".chart")) clearCursor();
   });
   on(window, "resize", draw);
+  on(window, "popstate", () => {
+    readState();
+    draw();
+    refresh();
+  });
+  listenToArrows();
   listenToCopy();
+  listenToGaps();
 }
 
 let typing = 0;
@@ -282,14 +314,14 @@ function chooseRange() {
   const to = readTime(byId("to").value);
   if (from == null) {
     // An end alone is no period yet; without both, the free period is left.
-    if (to == null && state.from != null) choose(ALL);
+    if (to == null && state.from != null) choosePeriod({});
     return;
   }
   if (from < EARLIEST || from >= (to ?? now())) {
     say(word("order"));
     return;
   }
-  if (from !== state.from || to !== state.to) choose({ from, to, zoom: null });
+  if (from !== state.from || to !== state.to) choosePeriod({ from, to });
 }
 
 // An empty field stands for the floor that the settings say.

@@ -6,10 +6,10 @@
 // it). A sum of a meter's phases is {key, phases, at, label}.
 //
 // Exports `channels` and `directory`; `rowsOf` and `bucketsOf`, a channel's rows in an answer;
-// `stateOf`, `absences`, `coverageOf`, `shareOf`, `phasesOf`, `sum`.
+// `stateOf`, `silentChannels`, `absences`, `gapsOf`, `coverageOf`, `shareOf`, `wholeShareOf`, `phasesOf`, `sum`.
 
-import { compareNames, duration, moment } from "./format.js";
-import { answerFor, answers, answerUpToNow, channelRows } from "./questions.js";
+import { compareNames, duration, moment, momentAt } from "./format.js";
+import { answerFor, answers, channelRows, runsUpToNow } from "./questions.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 import { language, word } from "./words.js";
@@ -27,7 +27,7 @@ function keyOf(row) {
 
 // ---- Rows of a channel
 
-const TIMES = ["bucket", "started_at", "ended_at", "first_row", "last_row"];
+const TIMES = ["bucket", "began_at", "started_at", "ended_at", "first_row", "last_row"];
 
 // The rows of one channel in an answer, which may be null; their times are moments.
 export function rowsOf(answer, channel) {
@@ -208,6 +208,31 @@ export function shareOf(coverage) {
   return coverage.rows / (coverage.rows + coverage.missing);
 }
 
+// Which share of the minutes of a whole period is there, by an answer of coverage. Where rows are
+// kept only while something runs, none before the first one or after the last one is no gap.
+export function wholeShareOf(channel, answer) {
+  const shares = phasesOf(channel).map((phase) => {
+    const [coverage] = rowsOf(answer, phase);
+    if (!coverage || !coverage.rows) return 0;
+    let lost = coverage.missing * settings.rowLength;
+    if (settings.keptAbove == null) {
+      lost += Math.max(0, coverage.first_row - answer.since);
+      lost += Math.max(0, answer.until - coverage.last_row - settings.rowLength);
+    }
+    return 1 - lost / (answer.until - answer.since);
+  });
+  return Math.min(...shares);
+}
+
+// The times without data of a channel, or of a phase of a sum: [{from, to}].
+export function gapsOf(channel) {
+  const gaps = [];
+  for (const row of phasesOf(channel).flatMap((phase) => rowsOf(answerFor("gaps"), phase))) {
+    if (row.kind === "no data") gaps.push({ from: row.began_at, to: row.ended_at });
+  }
+  return gaps;
+}
+
 // Whether a row of so many watts says that a run has ended, so that no row follows until the next.
 function isClosing(w) {
   return settings.keptAbove != null && Math.abs(w) <= settings.keptAbove;
@@ -260,8 +285,8 @@ export function stateOf(channel) {
   const { at } = answers.channels;
   const silent = phasesOf(channel).filter((phase) => isSilent(phase, at));
   if (silent.length > 0) {
-    const lastRow = Math.min(...silent.map((phase) => phase.at));
-    return { kind: "silent", text: word("silent", moment(lastRow + settings.rowLength)) };
+    const since = Math.min(...silent.map(silentSince));
+    return { kind: "silent", text: word("silent", moment(since)) };
   }
   if (channel.phases) return { kind: "", text: "" };
   if (Math.abs(channel.apower_w) > state.floor) {
@@ -270,12 +295,21 @@ export function stateOf(channel) {
   return { kind: "off", text: sinceWhenItIsOff(channel, at) };
 }
 
+export function silentChannels() {
+  return channels().filter((channel) => isSilent(channel, answers.channels.at));
+}
+
+// The end of the newest row.
+export function silentSince(channel) {
+  return channel.at + settings.rowLength;
+}
+
 function isSilent(channel, at) {
   return at - channel.at > settings.silentAfter && !isClosing(channel.apower_w);
 }
 
 function sinceWhenItRuns(channel, at) {
-  const runs = answerUpToNow("cycles");
+  const runs = runsUpToNow();
   const run = rowsOf(runs, channel).at(-1);
   // The answer on runs may be a little older than the newest row.
   if (!run || run.ended_at < channel.at - settings.silentAfter) return word("running", "…");
@@ -287,10 +321,10 @@ function sinceWhenItRuns(channel, at) {
 }
 
 function sinceWhenItIsOff(channel, at) {
-  const runs = answerUpToNow("cycles");
+  const runs = runsUpToNow();
   const run = rowsOf(runs, channel).at(-1);
-  if (run) return word("off", moment(run.ended_at));
-  if (isClosing(channel.apower_w)) return word("off", moment(channel.at));
+  if (run) return word("off", momentAt(run.ended_at));
+  if (isClosing(channel.apower_w)) return word("off", momentAt(channel.at));
   if (!runs) return word("off", "…");
   const coverage = coverageOf(channel);
   const seenSince = Math.max(runs.since, coverage?.first_row ?? 0);

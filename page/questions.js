@@ -5,16 +5,30 @@
 //
 // Exports these two. How the asking goes: `health`, `trouble`, `working`, `refreshedAt`,
 // `listenToAnswers`. What may be shown for what is chosen: `channelRows`, `answerFor`,
-// `answerUpToNow`, `isCurrent`, `subject`. The URL of an answer: `address`.
+// `answerOfPeriod`, `energyOfPeriod`, `barUnit`, `barFrame`, `runsUpToNow`, `runsMissing`,
+// `isCurrent`, `subject`. The URL of an answer: `address`.
 
 import { LEFT, RIGHT, ROUND_MINUTES } from "./axes.js";
 import { byId } from "./dom.js";
 import { settings, TOKEN } from "./settings.js";
-import { frame, moveFrame, state } from "./state.js";
-import { DAY, MINUTE, dayKey, followServer, iso, midnight, now, useOffset, zone } from "./time.js";
+import { frame, frameBefore, moveFrame, state } from "./state.js";
+import {
+  DAY,
+  MINUTE,
+  dayKey,
+  followServer,
+  iso,
+  midnight,
+  now,
+  startOf,
+  useOffset,
+  zone,
+} from "./time.js";
 
-// By name: channels, refused, power, fine (power, while zoomed), cycles, energy, coverage; cyclesNow
-// and energyNow, where the period does not hold today. An answer is its question, and
+// By name: channels, refused, power, fine (power, while zoomed), cycles, energy (of whole days, or
+// months), coverage, gaps; energyPart, where the period has no whole days; energyBefore and
+// coverageBefore, of the period before; cyclesNow, where the period does not hold the last 24
+// hours. An answer is its question, and
 //   rows      parsed; model.js turns their times into moments
 //   text      as it came
 //   byChannel  rows by channel, null until model.js sorts them
@@ -60,11 +74,54 @@ export function answerFor(name) {
   return answer && fits(answer) ? answer : null;
 }
 
-// The answer that holds today up to now: of the period, if that does, or of a question of its own.
-export function answerUpToNow(name) {
-  const ofPeriod = answers[name];
-  if (ofPeriod && ofPeriod.isOpen && ofPeriod.since <= midnight(now())) return answerFor(name);
-  return answerFor(`${name}Now`);
+// The same, but null as long as it is about another period.
+export function answerOfPeriod(name) {
+  const answer = answerFor(name);
+  return answer && answer.about === subject() ? answer : null;
+}
+
+// Of which runs and bars of days are shown; and 25 hours for a change of the clock.
+const MOST_DAYS = 92;
+const MOST_CHANNELS = 12;
+
+// The energy of the period, no more and no less of it.
+export function energyOfPeriod() {
+  return answerOfPeriod(hasWholeDays() ? "energy" : "energyPart");
+}
+
+function hasWholeDays() {
+  const { since, until, moving } = frame;
+  if (barUnit() !== "day") return false;
+  return since === midnight(since) && (moving || until === midnight(until));
+}
+
+// What a bar of energy stands for: a day, or a month where there would be too many.
+export function barUnit() {
+  return frame.until - frame.since > (MOST_DAYS + 1) * DAY ? "month" : "day";
+}
+
+// The whole days or months that the bars stand for: {since, end}, end being null where that is now.
+export function barFrame() {
+  const { since, until, moving } = frame;
+  const unit = barUnit();
+  return { since: startOf(unit, since), end: moving ? null : startOf(unit, until - 1, 1) };
+}
+
+// The runs of the last 24 hours, at least: of the period, if that holds them, or of a question of
+// their own.
+export function runsUpToNow() {
+  return answerFor(holdsLastDay() ? "cycles" : "cyclesNow");
+}
+
+function holdsLastDay() {
+  return runsMissing() == null && frame.moving && frame.since <= now() - DAY;
+}
+
+// Why runs are not asked for, as the key of a word and its value; else null. The database reads
+// each row for them.
+export function runsMissing() {
+  if (channelRows().length > MOST_CHANNELS) return { key: "runsOfOne" };
+  return barUnit() === "day" ? null : { key: "runsOfDays", value: MOST_DAYS };
 }
 
 // Whether the answer at hand is to the very question that would be asked now.
@@ -80,7 +137,9 @@ function isAnswered(question) {
 
 // What all questions are about: a period, and a device.
 export function subject() {
-  const period = state.from == null ? state.days : `${state.from}/${state.to}`;
+  let period = `${state.from}/${state.to}`;
+  if (state.unit !== "") period = `${state.unit}/${frame.since}`;
+  else if (state.from == null) period = state.days;
   return `${period}|${state.device}`;
 }
 
@@ -116,9 +175,10 @@ function runsQuestion(name, since, end, key) {
   return makeQuestion(name, since, end, `${floor}|${key}`, { path: "cycles", floor, params });
 }
 
-function energyQuestion(name, since, end) {
+function energyQuestion(name, since, end, path = "energy") {
   const params = { zone };
-  return makeQuestion(name, since, end, dayKey(now()), { path: "energy", params });
+  const key = `${path}|${dayKey(since)}|${dayKey(now())}`;
+  return makeQuestion(name, since, end, key, { path, params });
 }
 
 // All that the page needs to know for what is chosen.
@@ -138,17 +198,24 @@ function questions() {
     // While zoomed, the whole period only scales the axes: ask once, coarsely.
     list.push(powerQuestion("power", since, end, coarseStep(since, until), ""));
   }
-  list.push(runsQuestion("cycles", since, end, ""));
-  const endOfLastDay = moving ? null : midnight(until - 1, 1);
-  list.push(energyQuestion("energy", midnight(since), endOfLastDay));
+  const bars = barFrame();
+  const path = barUnit() === "day" ? "energy" : "months";
+  list.push(energyQuestion("energy", bars.since, bars.end, path));
+  if (!hasWholeDays()) list.push(energyQuestion("energyPart", since, end));
   list.push(makeQuestion("coverage", since, end, "", {}));
+  list.push(makeQuestion("gaps", since, end, "", {}));
 
-  // What runs now, and today's numbers, where the period does not hold them.
-  if (!moving || since > today) {
+  const before = frameBefore();
+  list.push(energyQuestion("energyBefore", before.since, before.until));
+  const { since: first, until: last } = before;
+  list.push(makeQuestion("coverageBefore", first, last, "", { path: "coverage" }));
+
+  // Runs come last, as they take longest.
+  if (channelRows().length <= MOST_CHANNELS && !holdsLastDay()) {
     const lastDay = Math.min(today, now() - DAY);
     list.push(runsQuestion("cyclesNow", lastDay, null, dayKey(today)));
   }
-  if (!moving) list.push(energyQuestion("energyNow", today, null));
+  if (runsMissing() == null) list.push(runsQuestion("cycles", since, end, ""));
   return list;
 }
 

@@ -12,7 +12,8 @@ export const settings = {
   silentAfter: 3 * MINUTE, // a newest row older than this is "no data"
   keptAbove: null, // W; where it is set, rows are kept only while something runs
   floor: 10, // W above which a channel runs, unless the reader chooses another
-  presets: [1, 7, 30], // periods that a button chooses, in days
+  presets: [1, 7, 30], // "last # days", as a link may say
+  defaultDays: 45, // and as a button says
   price: null, // of a kWh; without it no costs are shown
   currency: "",
   deviceUrl: "", // what to paste into a Shelly
@@ -62,7 +63,8 @@ function useSettings(given) {
   settings.version = given.version;
 
   const presets = new Set([1, 7, 30, given.default_days_history]);
-  settings.presets = [...presets].sort((one, other) => one - other);
+  settings.presets = [...presets];
+  settings.defaultDays = given.default_days_history;
 
   // "0,2516 EUR"
   const priceAndCurrency = (given.price_per_kwh || "").match(/^([\d.,]+)\s*(.*)/);

@@ -9,7 +9,9 @@ import { byId, element, isOutdated, on, setText } from "./dom.js";
 import {
   NBSP,
   NONE,
+  change,
   dayClock,
+  duration,
   energyText,
   joined,
   kwh,
@@ -19,12 +21,28 @@ import {
   watts,
 } from "./format.js";
 import { listenTo } from "./gestures.js";
-import { coverageOf, directory, phasesOf, rowsOf, shareOf, stateOf, sum } from "./model.js";
-import { answers, answerUpToNow, subject, trouble } from "./questions.js";
+import {
+  coverageOf,
+  directory,
+  phasesOf,
+  rowsOf,
+  shareOf,
+  stateOf,
+  sum,
+  wholeShareOf,
+} from "./model.js";
+import { nameBefore, periodName } from "./period.js";
+import {
+  answerOfPeriod,
+  answers,
+  energyOfPeriod,
+  runsMissing,
+  subject,
+  trouble,
+} from "./questions.js";
 import { settings } from "./settings.js";
 import { frame, state } from "./state.js";
 import { tableHead, tableRow } from "./tables.js";
-import { dayKey, midnight, now } from "./time.js";
 import { language, word } from "./words.js";
 
 const TALL = 84; // pixels of a plot,
@@ -75,7 +93,8 @@ function makeStrip(key) {
     name: part("name"),
     now: part("now"),
     state: part("state"),
-    today: part("today"),
+    used: part("used"),
+    compared: part("compared"),
     share: part("share"),
     picture: part("picture"),
     grid: part("grid"),
@@ -104,7 +123,8 @@ function drawHead(strip) {
   setText(strip.name, channel.label);
   setText(strip.now, kind === "silent" ? NONE : watts(powerNow(channel)));
   setText(strip.state, stateText(channel, text));
-  setText(strip.today, todayText(channel));
+  setText(strip.used, usedText(channel));
+  setText(strip.compared, comparedText(channel));
   setText(strip.share, shareText(channel));
 }
 
@@ -121,32 +141,46 @@ function stateText(channel, text) {
   return joined([word("phases", channel.phases.length), text]);
 }
 
-// Energy of today, what was given back of it, and runs. Of a sum, runs are not computed.
-function todayText(channel) {
-  const texts = [`${word("today")} …`];
-  const energy = answerUpToNow("energy");
-  if (energy) {
-    const used = phasesOf(channel).flatMap((phase) => todaysRows(energy, phase));
-    const drawn = sum(used, (row) => row.energy_wh);
-    const givenBack = sum(used, (row) => row.energy_returned_wh);
-    texts[0] = `${word("today")} ${energyText(drawn)}`;
-    if (givenBack >= 0.5) texts.push(word("givenBack", `${kwh(givenBack)}${NBSP}kWh`));
-  }
-  if (!channel.phases) texts.push(runCountText(channel));
+// The energy of the period, what was given back, and runs. Of a sum, runs are not computed.
+function usedText(channel) {
+  const name = word("colon", periodName());
+  const energy = energyOfPeriod();
+  if (!energy) return `${name} …`;
+  const texts = [`${name} ${energyText(drawnWh(channel, energy))}`];
+  const givenBack = sum(energyRows(channel, energy), (row) => row.energy_returned_wh);
+  if (givenBack >= 0.5) texts.push(word("givenBack", `${kwh(givenBack)}${NBSP}kWh`));
+  if (!channel.phases && runsMissing() == null) texts.push(runsText(channel));
   return joined(texts);
 }
 
-function todaysRows(energy, channel) {
-  const today = dayKey(now());
-  return rowsOf(energy, channel).filter((row) => row.day === today);
+function energyRows(channel, energy) {
+  return phasesOf(channel).flatMap((phase) => rowsOf(energy, phase));
 }
 
-function runCountText(channel) {
-  const answer = answerUpToNow("cycles");
+function drawnWh(channel, energy) {
+  return sum(energyRows(channel, energy), (row) => row.energy_wh);
+}
+
+function runsText(channel) {
+  const answer = answerOfPeriod("cycles");
   if (!answer) return "…";
-  const today = midnight(now());
-  const runs = rowsOf(answer, channel).filter((run) => run.ended_at > today);
-  return word("runCount", runs.length);
+  const runs = rowsOf(answer, channel);
+  const count = word("runCount", runs.length);
+  if (runs.length === 0) return count;
+  const time = sum(runs, (run) => run.ended_at - run.started_at);
+  return `${count}, ${duration(time)}`;
+}
+
+const COMPARABLE = 0.98; // of the minutes, at least, in both periods
+
+function comparedText(channel) {
+  const energy = energyOfPeriod();
+  const before = answerOfPeriod("energyBefore");
+  const coverages = [answerOfPeriod("coverage"), answerOfPeriod("coverageBefore")];
+  if (!energy || !before || !coverages.every(Boolean)) return "";
+  if (coverages.some((answer) => wholeShareOf(channel, answer) < COMPARABLE)) return "";
+  const text = change(drawnWh(channel, energy), drawnWh(channel, before));
+  return text == null ? "" : `${text} ${word("on", nameBefore())}`;
 }
 
 // Which share of the minutes is there.

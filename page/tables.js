@@ -17,7 +17,7 @@ import {
   number,
 } from "./format.js";
 import { channels, directory, rowsOf, stateOf, sum } from "./model.js";
-import { answerFor, isCurrent } from "./questions.js";
+import { answerFor, isCurrent, runsMissing } from "./questions.js";
 import { settings } from "./settings.js";
 import { chooseLook, state } from "./state.js";
 import { MINUTE, midnight } from "./time.js";
@@ -99,10 +99,17 @@ function sortBy(name) {
 
 export function drawRuns() {
   const box = byId("runsbox");
-  byId("runs").classList.toggle("stale", !isCurrent("cycles"));
+  const missing = runsMissing();
+  box.hidden = missing != null;
+  byId("runslinks").hidden = missing != null;
+  setText(byId("runsmissing"), missing ? word(missing.key, missing.value) : "");
+  byId("runs").classList.toggle("stale", !missing && !isCurrent("cycles"));
   markSortedColumn(box);
   const answer = answerFor("cycles");
-  if (!answer) return;
+  if (missing || !answer) {
+    byId("all").hidden = true;
+    return;
+  }
   const runningNow = new Set();
   for (const channel of channels()) {
     if (stateOf(channel).kind === "running") runningNow.add(channel.key);

@@ -2,7 +2,7 @@
 // the reader's clock.
 //
 // Exports MINUTE, DAY, `zone`, `useOffset`, `now`, `followServer`, and what calendars need:
-// `midnight`, `dayKey`, `wallClock`, `iso`.
+// `midnight`, `startOf`, `dayKey`, `wallClock`, `iso`.
 
 export const MINUTE = 60_000;
 export const DAY = 86_400_000;
@@ -39,6 +39,17 @@ export function midnight(t, daysLater = 0) {
   const date = new Date(t);
   const day = date.getDate() + daysLater;
   return new Date(date.getFullYear(), date.getMonth(), day).getTime();
+}
+
+// When the day, week, month or year of `t` began, or the one that is so many later.
+export function startOf(unit, t, later = 0) {
+  const date = new Date(t);
+  const year = date.getFullYear();
+  if (unit === "year") return new Date(year + later, 0).getTime();
+  if (unit === "month") return new Date(year, date.getMonth() + later).getTime();
+  if (unit === "day") return midnight(t, later);
+  const daysSinceMonday = (date.getDay() + 6) % 7;
+  return midnight(t, 7 * later - daysSinceMonday);
 }
 
 function twoDigits(n) {
