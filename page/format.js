@@ -86,9 +86,9 @@ export function percent(share) {
   return number(Math.floor(value));
 }
 
-// "▲ 12 %": how much more or less than before. Null where there was nothing.
+// "▲ 12 %": how many more Wh than before, or fewer. Null where there was nothing but noise.
 export function change(value, before) {
-  if (value == null || !(before > 0)) return null;
+  if (value == null || !(before >= 1)) return null;
   const share = Math.round((value / before - 1) * 100);
   const mark = share > 0 ? "▲ " : "▼ ";
   return `${share === 0 ? "" : mark}${number(Math.abs(share))}${NBSP}%`;

@@ -6,10 +6,11 @@
 // it). A sum of a meter's phases is {key, phases, at, label}.
 //
 // Exports `channels` and `directory`; `rowsOf` and `bucketsOf`, a channel's rows in an answer;
-// `stateOf`, `silentChannels`, `absences`, `gapsOf`, `coverageOf`, `shareOf`, `wholeShareOf`, `phasesOf`, `sum`.
+// `stateOf`, `silentChannels`, `silentSince`, `absences`, `gapsOf`, `coverageOf`, `shareOf`,
+// `wholeShareOf`, `phasesOf`, `sum`.
 
 import { compareNames, duration, moment, momentAt } from "./format.js";
-import { answerFor, answers, channelRows, runsUpToNow } from "./questions.js";
+import { answerFor, answers, asksForRunsNow, channelRows, runsUpToNow } from "./questions.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 import { language, word } from "./words.js";
@@ -217,7 +218,8 @@ export function wholeShareOf(channel, answer) {
     let lost = coverage.missing * settings.rowLength;
     if (settings.keptAbove == null) {
       lost += Math.max(0, coverage.first_row - answer.since);
-      lost += Math.max(0, answer.until - coverage.last_row - settings.rowLength);
+      // The newest rows may still be on their way.
+      lost += Math.max(0, answer.until - coverage.last_row - settings.silentAfter);
     }
     return 1 - lost / (answer.until - answer.since);
   });
@@ -309,6 +311,7 @@ function isSilent(channel, at) {
 }
 
 function sinceWhenItRuns(channel, at) {
+  if (!asksForRunsNow()) return word("isRunning");
   const runs = runsUpToNow();
   const run = rowsOf(runs, channel).at(-1);
   // The answer on runs may be a little older than the newest row.
@@ -321,6 +324,7 @@ function sinceWhenItRuns(channel, at) {
 }
 
 function sinceWhenItIsOff(channel, at) {
+  if (!asksForRunsNow()) return word("isOff");
   const runs = runsUpToNow();
   const run = rowsOf(runs, channel).at(-1);
   if (run) return word("off", momentAt(run.ended_at));

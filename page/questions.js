@@ -6,7 +6,7 @@
 // Exports these two. How the asking goes: `health`, `trouble`, `working`, `refreshedAt`,
 // `listenToAnswers`. What may be shown for what is chosen: `channelRows`, `answerFor`,
 // `answerOfPeriod`, `energyOfPeriod`, `barUnit`, `barFrame`, `runsUpToNow`, `runsMissing`,
-// `isCurrent`, `subject`. The URL of an answer: `address`.
+// `asksForRunsNow`, `isCurrent`, `subject`. The URL of an answer: `address`.
 
 import { LEFT, RIGHT, ROUND_MINUTES } from "./axes.js";
 import { byId } from "./dom.js";
@@ -117,10 +117,15 @@ function holdsLastDay() {
   return runsMissing() == null && frame.moving && frame.since <= now() - DAY;
 }
 
+// Whether runs are asked for at all, if only those of the last 24 hours.
+export function asksForRunsNow() {
+  return channelRows().length <= MOST_CHANNELS;
+}
+
 // Why runs are not asked for, as the key of a word and its value; else null. The database reads
 // each row for them.
 export function runsMissing() {
-  if (channelRows().length > MOST_CHANNELS) return { key: "runsOfOne" };
+  if (!asksForRunsNow()) return { key: "runsOfOne" };
   return barUnit() === "day" ? null : { key: "runsOfDays", value: MOST_DAYS };
 }
 
@@ -211,7 +216,7 @@ function questions() {
   list.push(makeQuestion("coverageBefore", first, last, "", { path: "coverage" }));
 
   // Runs come last, as they take longest.
-  if (channelRows().length <= MOST_CHANNELS && !holdsLastDay()) {
+  if (asksForRunsNow() && !holdsLastDay()) {
     const lastDay = Math.min(today, now() - DAY);
     list.push(runsQuestion("cyclesNow", lastDay, null, dayKey(today)));
   }

@@ -27,6 +27,8 @@ const WORDS = {
     on: "on #",
     colon: "#:",
 
+    isRunning: "running",
+    isOff: "off",
     running: "running for #",
     runningMore: "running for more than #",
     off: "off since #",
@@ -144,6 +146,8 @@ const WORDS = {
     on: "par rapport à #",
     colon: "#\u00a0:",
 
+    isRunning: "en marche",
+    isOff: "arrêté",
     running: "en marche depuis #",
     runningMore: "en marche depuis plus de #",
     off: "arrêté #",

@@ -1578,7 +1578,11 @@ async def test_pictures(start, database, look, tmp_path):
     copy = "timestamp, {}, channel, apower_w, voltage_v, current_a, energy_total_wh"
     execute(database, *(f"INSERT INTO power_logs ({copy.format('device_id')}) SELECT {copy.format(device)} FROM power_logs WHERE device_id = 'simulated-house-1'" for device in (f"'simulated-house-{n}'" for n in range(2, 7))),
             "INSERT INTO channel_names SELECT 'simulated-house-' || n, channel, device_says || CASE channel WHEN '' THEN ' ' || n ELSE '' END FROM channel_names, generate_series(2, 6) n")  # fmt: skip
-    assert await (await picture("channels24-1280")).locator(".strip").count() == 24
+    page = await picture("channels24-1280")
+    assert await page.locator(".strip").count() == 24
+    # Runs of so many are not asked for.
+    assert set(await texts(page, ".state")) <= {"running", "off"}
+    assert "choose a device to see its runs" in await text(page, "#runs")
     await picture("channels24-360", 360, scheme="dark")
     execute(
         database,
