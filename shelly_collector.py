@@ -1315,6 +1315,7 @@ def address_of(connection: ServerConnection) -> str:
 SECONDS_PATTERN = "[0-9]{1,9}"
 # Channels that /health names.
 MAX_NAMED = 100
+NOT_FOUND = "Not found: devices connect to /ws.\n"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -1337,13 +1338,12 @@ async def route(
     path, _, query = request.path.partition("?")
     if path == "/ws":
         return admit(collector, connection, request)
-    not_found = connection.respond(404, "Not found: devices connect to /ws.\n")
     if is_upgrade(request):
         shown_path = shown_without_tokens(collector, path)
         collector.refusals.note(address_of(connection), "path", shown_path)
-        return not_found
+        return connection.respond(404, NOT_FOUND)
     if request.method not in ("GET", "HEAD"):
-        return not_found
+        return connection.respond(404, NOT_FOUND)
     devices = len(connection.server.connections)
     if path == "/health":
         error = error_in_health_query(query)
@@ -1366,7 +1366,7 @@ async def route(
             query_pool(collector),
             collector.refusals,
         )
-    return not_found
+    return connection.respond(404, NOT_FOUND)
 
 
 def admit(
@@ -1725,7 +1725,7 @@ def count_pending(collector: Collector) -> int:
     return sum(len(channel.pending) for channel in channels)
 
 
-def folder(text: str) -> Path:
+def folder_argument(text: str) -> Path:
     """Raises argparse.ArgumentTypeError."""
     if text == "":
         raise argparse.ArgumentTypeError("it is empty")
@@ -1752,7 +1752,7 @@ def read_arguments() -> argparse.Namespace:
     commands.add_argument(
         "--backup",
         metavar="FOLDER",
-        type=folder,
+        type=folder_argument,
         help=f"write the whole database into a new file in it; {MAX_BACKUPS} are kept",
     )
     commands.add_argument(

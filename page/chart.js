@@ -39,7 +39,7 @@ import {
 import { setAttributes, setText, svg } from "./dom.js";
 import { NBSP, NONE, clock, dayClock, duration, number, span, watts } from "./format.js";
 import { absences, bucketsOf, gapsOf, rowsOf } from "./model.js";
-import { answerFor } from "./questions.js";
+import { answerFor, answerOfPeriod } from "./questions.js";
 import { settings } from "./settings.js";
 import { word } from "./words.js";
 
@@ -110,8 +110,8 @@ function makePlot(channel, answer, visible, width, height) {
     buckets,
     step: answer ? answer.step : settings.rowLength,
     absences: missing,
-    shortGaps: gapsOf(channel).filter((gap) => !missing.some((other) => overlap(gap, other))),
-    runs: rowsOf(answerFor("cycles"), channel),
+    shortGaps: outside(gapsOf(channel), missing),
+    runs: rowsOf(answerOfPeriod("cycles"), channel),
     until: answer?.until,
     range,
     x,
@@ -125,6 +125,15 @@ function makePlot(channel, answer, visible, width, height) {
 
 function overlap(one, other) {
   return one.from < other.to && other.from < one.to;
+}
+
+// The gaps that overlap no absence. Both are in order.
+function outside(gaps, missing) {
+  let next = 0;
+  return gaps.filter((gap) => {
+    while (next < missing.length && missing[next].to <= gap.from) next += 1;
+    return next === missing.length || !overlap(gap, missing[next]);
+  });
 }
 
 // From 0, or from below where power flows back.
@@ -192,10 +201,14 @@ const NARROWEST = 3; // pixels
 // Gaps that no bucket shows, since it has other rows. They stand before the line.
 function shortGapShapes(plot) {
   const shapes = [];
+  let drawnTo = 0;
   for (const gap of plot.shortGaps) {
     if (!overlap(gap, plot)) continue;
     const x = plot.x(gap.from);
     const width = Math.max(NARROWEST, pixels(plot.x(gap.to) - x));
+    // Thousands of gaps have the same few pixels.
+    if (x + width <= drawnTo) continue;
+    drawnTo = x + width;
     shapes.push(rectangle("blank", x, plot.top, width, plot.height));
     shapes.push(rectangle("gap", x, plot.top, width, plot.height));
   }

@@ -226,13 +226,13 @@ export function wholeShareOf(channel, answer) {
   return Math.min(...shares);
 }
 
-// The times without data of a channel, or of a phase of a sum: [{from, to}].
+// The times without data of a channel, or of a phase of a sum: [{from, to}], in order.
 export function gapsOf(channel) {
   const gaps = [];
   for (const row of phasesOf(channel).flatMap((phase) => rowsOf(answerFor("gaps"), phase))) {
     if (row.kind === "no data") gaps.push({ from: row.began_at, to: row.ended_at });
   }
-  return gaps;
+  return gaps.sort((one, other) => one.from - other.from);
 }
 
 // Whether a row of so many watts says that a run has ended, so that no row follows until the next.

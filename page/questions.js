@@ -110,16 +110,19 @@ export function barFrame() {
 // The runs of the last 24 hours, at least: of the period, if that holds them, or of a question of
 // their own.
 export function runsUpToNow() {
-  return answerFor(holdsLastDay() ? "cycles" : "cyclesNow");
+  return holdsLastDay() ? answerOfPeriod("cycles") : answerFor("cyclesNow");
 }
 
 function holdsLastDay() {
   return runsMissing() == null && frame.moving && frame.since <= now() - DAY;
 }
 
-// Whether runs are asked for at all, if only those of the last 24 hours.
+// Whether runs are asked for at all, if only those of the last 24 hours: of one device, or of few
+// channels.
 export function asksForRunsNow() {
-  return channelRows().length <= MOST_CHANNELS;
+  const rows = channelRows();
+  const isOneDevice = rows.every((row) => row.device_id === rows[0].device_id);
+  return isOneDevice || rows.length <= MOST_CHANNELS;
 }
 
 // Why runs are not asked for, as the key of a word and its value; else null. The database reads

@@ -10,16 +10,17 @@ import { isLanguage } from "./words.js";
 
 export const UNITS = ["day", "week", "month", "year"];
 
-const LAST_DAY = { unit: "", at: null, days: 1, from: null, to: null, zoom: null };
+const LAST_DAY = {
+  unit: "", // the period is a day, week, month or year: the one of now,
+  at: null, // or the one that holds this moment;
+  days: 1, // or it is the last so many days;
+  from: null, // or it begins here
+  to: null, // and ends here, or now
+  zoom: null, // the part of it that is shown: {from, to}
+};
 
 export const state = {
   ...LAST_DAY,
-  // unit: the period is a day, week, month or year: the one of now,
-  // at: or the one that holds this moment;
-  // days: or it is the last so many days;
-  // from: or it begins here
-  // to: and ends here, or now
-  // zoom: the part of it that is shown: {from, to}
   device: "", // only this one
   floor: 10, // W above which a channel runs
   sort: "start", // the column by which runs are sorted,

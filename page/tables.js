@@ -106,10 +106,7 @@ export function drawRuns() {
   byId("runs").classList.toggle("stale", !missing && !isCurrent("cycles"));
   markSortedColumn(box);
   const answer = answerFor("cycles");
-  if (missing || !answer) {
-    byId("all").hidden = true;
-    return;
-  }
+  if (missing || !answer) return;
   const runningNow = new Set();
   for (const channel of channels()) {
     if (stateOf(channel).kind === "running") runningNow.add(channel.key);

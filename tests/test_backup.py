@@ -103,6 +103,20 @@ async def test_a_backup_beside_a_running_collector_brings_back_every_number(
     assert "rows waiting: 0" in running.get()[1]
 
 
+async def test_a_backup_stays_if_an_older_one_cannot_be_deleted(database, tmp_path):
+    execute(database, (ROOT / "schema.sql").read_bytes())
+    # No file, so it cannot be deleted like one.
+    (tmp_path / "kept" / "shelly-2020-01-01T000000Z.dump").mkdir(parents=True)
+    for year in range(2021, 2027):
+        (tmp_path / "kept" / f"shelly-{year}-01-01T000000Z.dump").touch()
+    status, out, err = await run_script(
+        tmp_path, "--backup", "kept", DATABASE_URL=database
+    )
+    assert status == 1 and "older backups cannot be deleted" in out
+    assert len(err.splitlines()) == 1 and "No backup" not in err
+    assert max((tmp_path / "kept").iterdir()).stat().st_size > 0
+
+
 async def test_the_database_of_a_stopped_collector_is_started_for_the_backup(
     collectors, tmp_path
 ):
